@@ -1,0 +1,254 @@
+"""How do bricks make a SpineNet, and a SpineNet plus heads a detector? (paper sections 3 and 4, Table 1)
+
+Dimensions: B images, C channels, H x W pixels, A anchors, K classes. Level L has stride 2^L.
+
+    python model.py             parameters and multiply-adds of every row, beside the paper's
+"""
+import argparse
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import heads
+import loss
+from blocks import ACTIVATIONS, KINDS, ConvBN, Resample, block_group, init_conv_, max_pool_same
+
+# Mean and standard deviation of ImageNet's RGB, for images in 0..255.
+PIXEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+PIXEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+
+class Block(NamedTuple):
+    """One numbered block group of the scale-permuted network."""
+
+    number: int
+    level: int
+    kind: str
+    parents: tuple  # numbers of the blocks that are resampled and summed
+    as_is: tuple = ()  # parents of the same size and width that join the sum unresampled
+    output: bool = False  # its features leave the network as P<level>
+
+
+# SpineNet-49's searched permutation (paper Figure 4d; authors' spinenet.py:44-63). Blocks 0 and 1 are the
+# stem's. The edge 11 -> 14 is what the authors' rule yields at every input size: a block that nobody
+# consumes yet is added to an output block of its own size and width (spinenet.py:450-458).
+SPINE = (
+    Block(2, 2, "bottleneck", (0, 1)),
+    Block(3, 4, "residual", (0, 1)),
+    Block(4, 3, "bottleneck", (2, 3)),
+    Block(5, 4, "bottleneck", (2, 4)),
+    Block(6, 6, "residual", (3, 5)),
+    Block(7, 4, "bottleneck", (3, 5)),
+    Block(8, 5, "residual", (6, 7)),
+    Block(9, 7, "residual", (6, 8)),
+    Block(10, 5, "bottleneck", (8, 9)),
+    Block(11, 5, "bottleneck", (8, 10)),
+    Block(12, 4, "bottleneck", (5, 10), output=True),
+    Block(13, 3, "bottleneck", (4, 10), output=True),
+    Block(14, 5, "bottleneck", (7, 12), as_is=(11,), output=True),
+    Block(15, 7, "bottleneck", (5, 14), output=True),
+    Block(16, 6, "bottleneck", (12, 14), output=True),
+)
+
+STEM_LEVEL = 2
+STEM_CHANNELS = 64  # in every variant: filter_scale does not touch it
+STEM_BLOCKS = 2  # blocks 0 and 1: bottlenecks at level 2
+BASE_WIDTH = {2: 64, 3: 128, 4: 256, 5: 256, 6: 256, 7: 256}  # per level, before filter_scale
+LEVELS = heads.LEVELS
+MULTIPLE = 2 ** max(LEVELS)  # image sides divide by this
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One SpineNet and the sizes of its heads (paper Table 1, section 3.4; authors' yaml files).
+
+    Any value builds a network: `build_model(dataclasses.replace(ARCHS["49"], alpha=1.0), ...)`.
+    """
+
+    filter_scale: float  # multiplies every level's width
+    alpha: float  # resampling works on int(alpha * parent's width) channels
+    repeats: int  # blocks per block group
+    endpoint_channels: int  # channels of P3..P7
+    head_channels: int  # RetinaNet's towers: width
+    head_convs: int  # and number of convolutions
+    anchor_size: float  # RetinaNet's anchors: base side in strides
+    spine: tuple = SPINE
+
+    def width(self, level):
+        """Channels of a residual block at `level`; a bottleneck there has four times as many."""
+        return int(BASE_WIDTH[level] * self.filter_scale)
+
+
+ARCHS = {
+    "49S": Arch(0.65, 0.5, 1, 128, 128, 4, 3),
+    "49": Arch(1.0, 0.5, 1, 256, 256, 4, 3),
+    "96": Arch(1.0, 0.5, 2, 256, 256, 4, 3),
+    "143": Arch(1.0, 1.0, 3, 256, 256, 4, 4),
+    "190": Arch(1.3, 1.0, 4, 512, 512, 7, 4),
+    "tiny": Arch(0.25, 0.5, 1, 64, 64, 2, 2),  # not in the paper: for CPUs and lessons
+}
+
+
+class SpineNet(nn.Module):
+    """The backbone: images (B, 3, H, W), normalized -> features P3..P7, each (B, endpoint, H / 2^L, W / 2^L).
+
+    `drop_path` is stochastic depth's rate at the last block, growing linearly from the first (protocol C);
+    `drop_rate` is DropBlock's (protocol A). Raises ValueError where H or W is not a multiple of 128.
+    Source: paper section 3, Figure 4d; authors' spinenet.py.
+    """
+
+    def __init__(self, arch, activation="relu", drop_path=0.0, drop_rate=0.0):
+        super().__init__()
+        options = dict(activation=activation, drop_rate=drop_rate)
+        level, channels = {}, {}  # of every block's output, by block number
+
+        self.stem = ConvBN(3, STEM_CHANNELS, 7, 2, activation)
+        self.groups, self.resamples, self.endpoints = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        stem_channels = STEM_CHANNELS
+        for number in range(STEM_BLOCKS):
+            group = block_group("bottleneck", stem_channels, arch.width(STEM_LEVEL), arch.repeats, **options)
+            self.groups[str(number)] = group
+            level[number], channels[number] = STEM_LEVEL, KINDS["bottleneck"].expansion * arch.width(STEM_LEVEL)
+            stem_channels = channels[number]
+
+        self.spine = arch.spine
+        for block in arch.spine:
+            width = arch.width(block.level)
+            out = KINDS[block.kind].expansion * width
+            self.resamples[str(block.number)] = nn.ModuleList(
+                Resample(channels[p], arch.width(level[p]), level[p], out, block.level, arch.alpha, activation)
+                for p in block.parents
+            )
+            drop = drop_path * (block.number - 1) / len(arch.spine)  # r (i - 1) / 15: linear by block
+            self.groups[str(block.number)] = block_group(
+                block.kind, out, width, arch.repeats, drop_path=drop, **options
+            )
+            level[block.number], channels[block.number] = block.level, out
+
+        self.outputs = {block.level: block.number for block in arch.spine if block.output}
+        for L in LEVELS:
+            self.endpoints[str(L)] = ConvBN(channels[self.outputs[L]], arch.endpoint_channels, 1, 1, activation)
+        self.activation = ACTIVATIONS[activation]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                init_conv_(module)
+
+    def forward(self, x):
+        check_size(*x.shape[-2:])
+        x = max_pool_same(self.stem(x), 3, 2)  # (B, 64, H/4, W/4)
+        features = {}
+        for number in range(STEM_BLOCKS):
+            x = features[number] = self.groups[str(number)](x)
+        for block in self.spine:
+            resamples = self.resamples[str(block.number)]
+            parts = [resample(features[p]) for p, resample in zip(block.parents, resamples)]
+            parts += [features[p] for p in block.as_is]  # all (B, C, H / 2^L, W / 2^L)
+            fused = self.activation(sum(parts[1:], start=parts[0]))
+            features[block.number] = self.groups[str(block.number)](fused)
+        return [self.endpoints[str(L)](features[self.outputs[L]]) for L in LEVELS]
+
+
+class Normalize(nn.Module):
+    """uint8 RGB (B, 3, H, W) -> float32 of zero mean and unit variance per channel, on the images' device."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
+
+
+class RetinaNet(nn.Module):
+    """The one-stage detector (Lin et al. 2017; paper section 4.1): SpineNet, two towers, focal loss.
+
+    `model(images, targets)` gives a dict of losses whose sum is to be minimized; `model(images, sizes=s)` a
+    list of detections. images: uint8 RGB (B, 3, H, W), padded at the right and bottom. targets: see
+    `loss.retinanet_loss`. sizes (B, 2): each image's own (height, width) inside the padding; detections:
+    see `heads.detect`.
+    """
+
+    def __init__(self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0):
+        super().__init__()
+        self.anchor_size = arch.anchor_size
+        self.normalize = Normalize()
+        self.backbone = SpineNet(arch, activation, drop_path, drop_rate)
+        self.head = heads.RetinaNetHead(
+            arch.endpoint_channels, arch.head_channels, arch.head_convs, num_classes, activation
+        )
+
+    def forward(self, images, targets=None, sizes=None):
+        features = self.backbone(self.normalize(images))
+        class_logits, box_codes = self.head(features)  # (B, A, K), (B, A, 4)
+        anchors = heads.make_anchors(tuple(images.shape[-2:]), self.anchor_size, images.device)  # (A, 4)
+        if targets is not None:
+            return loss.retinanet_loss(class_logits, box_codes, anchors, targets)
+        if sizes is None:
+            sizes = images.new_tensor([images.shape[-2:]], dtype=torch.float32).expand(len(images), 2)
+        return heads.detect(class_logits, box_codes, anchors, sizes)
+
+
+HEADS = {"retinanet": RetinaNet}
+
+
+def build_model(arch, head="retinanet", num_classes=80, activation="relu", drop_path=0.0, drop_rate=0.0):
+    """A detector with random weights. `arch` is a name in ARCHS or an Arch; `head` a name in HEADS.
+
+    num_classes is the dataset's K; RetinaNet has exactly K outputs per anchor.
+    """
+    arch = ARCHS[arch] if isinstance(arch, str) else arch
+    return HEADS[head](arch, num_classes, activation=activation, drop_path=drop_path, drop_rate=drop_rate)
+
+
+def check_size(height, width):
+    """Raise ValueError unless both sides are positive multiples of 128, the stride of P7."""
+    if height % MULTIPLE or width % MULTIPLE or not height or not width:
+        raise ValueError(
+            f"image size {height}x{width} does not fit SpineNet: height and width must be multiples of {MULTIPLE} "
+            f"(the stride of P{max(LEVELS)}), such as {max(height // MULTIPLE, 1) * MULTIPLE}"
+        )
+
+
+# What the paper (Tables 2 and 3) and the authors' MODEL_ZOO print, for RetinaNet at 91 outputs. The
+# figures of 49S match no released configuration: run, the authors' own code counts 11.27 M and 30.8 B.
+PUBLISHED = (  # arch, size, parameters (millions), multiply-adds (billions)
+    ("49S", 640, "12.0", "33.8"),
+    ("49", 640, "28.5", "85.4"),
+    ("49", 896, "28.5", "167.4"),
+    ("96", 1024, "43.0", "265.4"),
+    ("143", 1280, "66.9", "524.4"),
+    ("190", 1280, "163.6", "1885"),
+)
+PUBLISHED_OUTPUTS = 91  # COCO's largest category id is 90; the authors keep an output for each and for 0
+
+
+def count(arch, size, head="retinanet", num_classes=PUBLISHED_OUTPUTS):
+    """(trainable parameters, multiply-adds of one size x size image), counted on the meta device in no time.
+
+    Multiply-adds are those of the convolutions, as in the paper's "FLOPs".
+    """
+    with torch.device("meta"):
+        model = build_model(arch, head, num_classes).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.head(model.backbone(torch.empty(1, 3, size, size)))
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return parameters, counter.get_total_flops() // 2
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print every arch's parameters and multiply-adds beside the paper's.")
+    parser.parse_args(argv)
+    print(f"RetinaNet, {PUBLISHED_OUTPUTS} outputs, one image. (Table 2 of the paper; 49S: see PUBLISHED)")
+    print(f"{'arch':>5} {'size':>5} {'parameters':>12} {'paper, M':>9} {'multiply-adds':>18} {'paper, B':>9}")
+    rows = PUBLISHED + tuple((name, 128, "-", "-") for name in ARCHS if name not in {row[0] for row in PUBLISHED})
+    for arch, size, paper_parameters, paper_macs in rows:
+        parameters, macs = count(arch, size)
+        print(f"{arch:>5} {size:>5} {parameters:>12,} {paper_parameters:>9} {macs:>18,} {paper_macs:>9}")
+
+
+if __name__ == "__main__":
+    main()

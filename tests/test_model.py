@@ -1,0 +1,262 @@
+"""blocks.py and model.py against the paper, its released code and counts made with it."""
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import model
+from blocks import BN_EPSILON, BN_MOMENTUM, Resample, drop_block, init_conv_, max_pool_same
+from heads import RetinaNetHead
+from model import ARCHS, SPINE, Arch, SpineNet, build_model
+
+GOLDEN = Path(__file__).parent / "official_small.npz"
+
+# arch, size, parameters, billions of multiply-adds: the authors' code, run with 91 outputs.
+COUNTS = [
+    ("49S", 640, 11_265_942, 30.779),
+    ("49", 640, 28_543_383, 85.282),
+    ("49", 896, 28_543_383, 167.153),
+    ("96", 1024, 42_974_871, 265.024),
+    ("143", 1280, 66_959_511, 523.338),
+    ("190", 1280, 163_637_351, 1881.660),
+]
+BACKBONES = {"49S": 9_089_215, "49": 21_831_488, "96": 36_262_976, "143": 60_247_616, "190": 126_587_664}
+
+
+@pytest.mark.parametrize("arch, size, parameters, gmacs", COUNTS)
+def test_parameters_and_multiply_adds(arch, size, parameters, gmacs):
+    """Oracle: the authors' code run on TensorFlow. Parameters to the unit, multiply-adds within 0.1 %."""
+    counted, macs = model.count(arch, size)
+    assert counted == parameters
+    assert macs / 1e9 == pytest.approx(gmacs, rel=1e-3)
+
+
+@pytest.mark.parametrize("arch, size, paper_parameters, paper_macs", model.PUBLISHED)
+def test_published_figures(arch, size, paper_parameters, paper_macs):
+    """Oracle: the paper's Table 2 as printed; 49S is the known discrepancy, off by 6 % and 9 %."""
+    parameters, macs = model.count(arch, size)
+    close = parameters / 1e6 == pytest.approx(float(paper_parameters), rel=0.005)
+    assert (close and macs / 1e9 == pytest.approx(float(paper_macs), rel=0.005)) == (arch != "49S")
+
+
+@pytest.mark.parametrize("arch", BACKBONES)
+def test_backbone_parameters(arch):
+    """Oracle: the authors' code run on TensorFlow, endpoints included."""
+    with torch.device("meta"):
+        backbone = SpineNet(ARCHS[arch])
+    assert sum(p.numel() for p in backbone.parameters()) == BACKBONES[arch]
+
+
+@pytest.mark.parametrize("arch, size", [("49", (640, 640)), ("49S", (384, 768)), ("190", (1280, 128))])
+def test_feature_shapes(arch, size):
+    """Oracle: by hand. P3..P7 have stride 2^L and the endpoint's channels."""
+    with torch.device("meta"):
+        features = SpineNet(ARCHS[arch])(torch.empty(2, 3, *size))
+    expected = [(2, ARCHS[arch].endpoint_channels, size[0] // 2**L, size[1] // 2**L) for L in range(3, 8)]
+    assert [tuple(f.shape) for f in features] == expected
+
+
+@pytest.mark.parametrize("size", [(640, 600), (0, 128), (100, 128), (127, 127)])
+def test_other_sizes_are_refused(size):
+    """Oracle: the stride of P7. The message names the size and the multiple."""
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}.*multiples of 128"), torch.device("meta"):
+        SpineNet(ARCHS["tiny"])(torch.empty(1, 3, *size))
+
+
+def test_unresampled_parent_follows_the_rule():
+    """Oracle: the authors' rule (spinenet.py:450-458), re-derived: when an output block is built, every earlier
+    block nobody has consumed yet, of its level and width, is added to it and so consumed."""
+    consumed, derived, seen = set(), {}, []
+    for block in SPINE:
+        consumed.update(block.parents)
+        if block.output:
+            alike = [b for b in seen if (b.level, b.kind) == (block.level, block.kind) and not b.output]
+            derived[block.number] = tuple(b.number for b in alike if b.number not in consumed)
+            consumed.update(derived[block.number])
+        seen.append(block)
+    assert derived == {12: (), 13: (), 14: (11,), 15: (), 16: ()}
+    assert {b.number: b.as_is for b in SPINE if b.output} == derived
+    assert all(not b.as_is for b in SPINE if not b.output)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_batch_norm_and_bias(arch):
+    """Oracle: the authors' yaml and code. Epsilon, momentum, gamma, and who has a bias, over the whole module."""
+    with torch.device("meta"):
+        detector = build_model(arch, "retinanet", 91)
+    norms = [m for m in detector.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 100 and all(type(m) is nn.BatchNorm2d for m in norms)
+    assert {(m.eps, m.momentum, m.affine, m.track_running_stats) for m in norms} == {(1e-3, 0.01, True, True)}
+    assert (BN_EPSILON, BN_MOMENTUM) == (1e-3, 0.01)
+    assert all(m.bias is None for m in detector.backbone.modules() if isinstance(m, nn.Conv2d))
+    assert all(m.bias is not None for m in detector.head.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_initial_values():
+    """Oracle: the authors' initializers. Backbone std sqrt(1 / fan_in) cut at 2 sigma, gammas 1, head's normals."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 512, 3)
+    init_conv_(conv)
+    target = (1 / (64 * 9)) ** 0.5
+    assert conv.weight.std().item() == pytest.approx(target, rel=0.01)
+    assert conv.weight.abs().max().item() <= 2 * target / 0.87962566 + 1e-6
+    detector = build_model("tiny", "retinanet", 7)
+    assert all((m.weight == 1).all() for m in detector.modules() if isinstance(m, nn.BatchNorm2d))
+    for name, conv in detector.named_modules():
+        if isinstance(conv, nn.Conv2d) and name.startswith("head."):
+            assert conv.weight.std().item() == pytest.approx(1e-5 if "predict" in name else 0.01, rel=0.05)
+    bias = detector.head.classes.predict.bias
+    assert torch.allclose(bias.sigmoid(), torch.full_like(bias, 0.01))
+    assert not detector.head.boxes.predict.bias.any()
+
+
+def run_order(*modules):
+    """Hooks that list convolutions and batch norms in the order in which they first run."""
+    order = []
+    for module in modules:
+        for m in module.modules():
+            if isinstance(m, (nn.Conv2d, nn.BatchNorm2d)):
+                m.register_forward_pre_hook(lambda m, _: order.append(m) if m not in order else None)
+    return order
+
+
+def load_official(golden, order, skip=()):
+    """Copy the official variables, in their order, into the modules that run in the same order."""
+    names = [k for k in golden.files if k.startswith("w") and not any(s in k for s in skip)]
+    values = iter([torch.from_numpy(golden[k]) for k in names])
+    with torch.no_grad():
+        for m in order:
+            if isinstance(m, nn.Conv2d):
+                m.weight.copy_(next(values).permute(3, 2, 0, 1))  # (kh, kw, in, out) -> (out, in, kh, kw)
+                if m.bias is not None:
+                    m.bias.copy_(next(values))
+            else:
+                for parameter in (m.weight, m.bias, m.running_mean, m.running_var):
+                    parameter.copy_(next(values))
+    assert next(values, None) is None, "official variables were left over"
+
+
+def test_features_and_head_equal_the_official_code():
+    """Oracle: the authors' code run on TensorFlow with random weights: features and RetinaNet outputs to 1e-4."""
+    golden = np.load(GOLDEN)
+    arch = Arch(0.0625, 0.5, 1, 8, 8, 2, 3)
+    backbone, head = SpineNet(arch).eval(), RetinaNetHead(8, 8, 2, 6).eval()
+    x = torch.from_numpy(golden["x"]).permute(0, 3, 1, 2)
+    order = run_order(backbone, head)
+    with torch.no_grad():
+        head(backbone(x))
+        load_official(golden, order, skip=("rpn_head", "fast_rcnn_head", "mask_head"))
+        features = backbone(x)
+        logits, codes = head(features)
+    for L, feature in zip(model.LEVELS, features):
+        official = torch.from_numpy(golden[f"out_f_{L}"]).permute(0, 3, 1, 2)
+        assert (feature - official).abs().max() <= 1e-4
+    official = torch.cat([torch.from_numpy(golden[f"out_cls_{L}"]).reshape(1, -1, 6) for L in model.LEVELS], 1)
+    assert official.std() > 0.1 and (logits - official).abs().max() <= 1e-4
+    official = torch.cat([torch.from_numpy(golden[f"out_box_{L}"]).reshape(1, -1, 4) for L in model.LEVELS], 1)
+    assert official.std() > 0.1 and (codes - official).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 4)])
+def test_max_pool_pads_as_tensorflow(kernel, stride):
+    """Oracle: TensorFlow's SAME rule by hand: total padding k - s, the smaller half first (1 -> 0 left, 1 right)."""
+    x = torch.randn(1, 2, 16, 8)
+    padded = F.pad(x, (0, 1, 0, 1), value=-torch.inf)
+    assert torch.equal(max_pool_same(x, kernel, stride), F.max_pool2d(padded, kernel, stride))
+
+
+class CountCalls(TorchFunctionMode):
+    """Counts how often each torch function is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls[function] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, used, unused", [("relu", F.relu, F.silu), ("swish", F.silu, F.relu)])
+def test_one_activation_everywhere(name, used, unused):
+    """Oracle: the functions called. `activation` is one function for the whole detector, heads included."""
+    with torch.device("meta"):
+        detector = build_model("tiny", "retinanet", 3, activation=name).eval()
+        with CountCalls() as counter:
+            detector.head(detector.backbone(torch.empty(1, 3, 128, 128)))
+    assert counter.calls[unused] == 0 and counter.calls[used] > 80
+
+
+def test_stochastic_depth_is_linear_by_block_and_per_image():
+    """Oracle: the rule r (i - 1) / 15 by hand; a dropped image's branch is exactly its shortcut."""
+    arch = dataclasses.replace(ARCHS["tiny"], repeats=2)
+    backbone = SpineNet(arch, "swish", drop_path=0.3)
+    for number, group in backbone.groups.items():
+        expected = 0.3 * (int(number) - 1) / 15 if int(number) >= 2 else 0.0
+        assert [block.drop_path for block in group] == pytest.approx([expected] * 2)
+
+    block = backbone.groups["16"][0].train()  # rate 0.3
+    torch.manual_seed(0)
+    x = torch.randn(1, 256, 2, 2).expand(400, -1, -1, -1)
+    shortcut = F.silu(x)
+    dropped = (block(x) == shortcut).flatten(1).all(1)
+    assert 0.2 < dropped.float().mean() < 0.4
+    assert not (block.eval()(x) == shortcut).flatten(1).all(1).any()
+
+
+def test_drop_block():
+    """Oracle: DropBlock's definition. Squares vanish, the mean is kept, maps smaller than the block work, float16 too."""
+    torch.manual_seed(0)
+    x = torch.ones(8, 16, 32, 32)
+    dropped = drop_block(x, 0.1, training=True)
+    assert 0.05 < (dropped == 0).float().mean() < 0.15
+    assert dropped.mean().item() == pytest.approx(1, abs=1e-3)
+    edges = (dropped == 0).long().diff(dim=-1).ne(0).float().mean()
+    assert edges < 0.06  # isolated pixels at this rate would give 0.18
+    assert drop_block(x, 0.1, training=False) is x and drop_block(x, 0.0, training=True) is x
+    for side in (1, 2, 4, 6):
+        assert drop_block(torch.ones(2, 2, side, side), 0.1, training=True).isfinite().all()
+    large = drop_block(torch.ones(2, 64, 64, 64, dtype=torch.float16), 0.1, training=True)
+    assert large.dtype == torch.float16 and large.max() < 2 and large.float().mean().item() == pytest.approx(1, abs=2e-3)
+
+
+def test_noise_is_off_unless_asked_for():
+    """Oracle: determinism. In training mode the default network gives the same output twice, with noise it does not."""
+    x = torch.randn(2, 3, 128, 128)
+    for options, same in (({}, True), ({"drop_path": 0.5}, False), ({"drop_rate": 0.1}, False)):
+        backbone = SpineNet(ARCHS["tiny"], **options).train()
+        first, second = backbone(x), backbone(x)
+        assert all(torch.equal(a, b) for a, b in zip(first, second)) == same
+
+
+def test_any_arch_value_builds():
+    """Oracle: by hand. An Arch that is not in the table, with a spine of its own, gives P3..P7."""
+    spine = tuple(block._replace(as_is=()) for block in SPINE)
+    arch = Arch(0.4, 0.75, 2, 24, 16, 1, 2.5, spine=spine)
+    features = SpineNet(arch)(torch.randn(1, 3, 256, 128).repeat(2, 1, 1, 1))
+    assert [tuple(f.shape) for f in features] == [(2, 24, 256 // 2**L, 128 // 2**L) for L in range(3, 8)]
+    assert build_model(arch, "retinanet", 5).head.classes.predict.out_channels == 45
+
+
+@pytest.mark.parametrize("parent, level", [(2, 3), (2, 4), (2, 5), (2, 6), (4, 4), (6, 3)])
+def test_resample_shapes(parent, level):
+    """Oracle: by hand. A parent of one level arrives at the other's size and channels."""
+    resample = Resample(64, 16, parent, 40, level, 0.5)
+    out = resample(torch.randn(2, 64, 2 ** (8 - parent), 2 ** (8 - parent)))
+    assert out.shape == (2, 40, 2 ** (8 - level), 2 ** (8 - level))
+    assert resample.squeeze.conv.out_channels == 8
+
+
+def test_table_of_the_command_line(capsys):
+    """Oracle: the counts above. `python model.py` prints each row's figures beside the paper's."""
+    model.main([])
+    out = capsys.readouterr().out
+    for arch, size, parameters, _ in COUNTS:
+        assert any(line.split()[:3] == [arch, str(size), f"{parameters:,}"] for line in out.splitlines())
+    assert "tiny" in out
