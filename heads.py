@@ -40,12 +40,12 @@ def make_anchors(size, anchor_size, device="cpu", scales=SCALES, aspects=ASPECTS
             for scale in scales
             for aspect in aspects
         ]
-        half = torch.tensor(sides, dtype=torch.float64) / 2  # (9, 2): width, height
-        x = (torch.arange(size[1] // stride, dtype=torch.float64) + 0.5) * stride
-        y = (torch.arange(size[0] // stride, dtype=torch.float64) + 0.5) * stride
+        half = torch.tensor(sides, dtype=torch.float64).float() / 2  # (9, 2): width, height
+        x = (torch.arange(size[1] // stride) + 0.5) * stride
+        y = (torch.arange(size[0] // stride) + 0.5) * stride
         centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[:, :, None]  # (H, W, 1, 2)
         levels.append(torch.cat((centre - half, centre + half), dim=-1).reshape(-1, 4))  # (H W 9, 4)
-    return torch.cat(levels).to(device=device, dtype=torch.float32)
+    return torch.cat(levels).to(device)
 
 
 def encode_boxes(boxes, anchors):

@@ -52,8 +52,9 @@ def focal_loss(logits, labels, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA):
 
     logits (..., K); labels (...) int64 in 0..K-1, or -1 where every class is absent.
 
-    Backward holds the logits (in their own dtype) and the labels, nothing else: the elementwise terms are
-    recomputed. Measured as saved bytes at K = 80: 1.025 copies of float32 logits, against 6.1 without.
+    Backward holds the logits (in their own dtype) and the labels: the elementwise terms are recomputed.
+    Measured on 76,725 x 80 float32 logits, autograd saves 1.0 copies of them; written without the
+    checkpoint it would save 5.25, and torchvision's sigmoid_focal_loss saves 8.0.
     Source: focal loss paper, equation 5; the authors' yaml has gamma 1.5, not the 2 of that paper.
     """
 
