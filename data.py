@@ -1,0 +1,662 @@
+"""How does a COCO folder become batches? Packed annotations, scale jitter, the sampler, the generated `shapes` set.
+
+Dimensions: N images, M objects, B images of a batch, S side of the network's square input, G = 100 targets.
+Boxes are xyxy float pixels, but in the json files and `Annotations.boxes`, which are COCO's xywh.
+
+    python data.py --data D --check         decode every image, list the bad ones
+    python data.py --data D --show 8        write augmented training samples with their boxes
+    python data.py --data D --bench         images per second on one core, and the share of decoding
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import draw_bounding_boxes
+from tqdm import tqdm
+
+MAX_OBJECTS = 100  # G: targets per image (authors' yaml, max_num_instances)
+PAD_COLOUR = (124, 116, 104)  # the mean colour: 0 after normalization, within rounding
+MAX_BROKEN = 0.01  # a larger share of broken objects means that the format is wrong, not an object
+TRAIN, VAL = "train2017", "val2017"
+
+HELP = """Get COCO with
+  mkdir -p {root} && cd {root}
+  wget http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip
+  wget http://images.cocodataset.org/zips/val2017.zip && unzip -q val2017.zip
+  wget http://images.cocodataset.org/annotations/annotations_trainval2017.zip && unzip -q annotations_trainval2017.zip
+or start without it, on generated images:
+  python train.py --arch tiny --size 128 --protocol toy --data shapes"""
+
+
+class UserError(Exception):
+    """A mistake in the arguments or a fault in the data: one sentence that says what, where and what to do."""
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Every script's main runs inside: a UserError ends it with its sentence and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        # A DataLoader worker puts its traceback before the sentence, which follows the exception's name.
+        print("error: " + str(error).rpartition("UserError: ")[2].strip(), file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+class Annotations(NamedTuple):
+    """One split as packed arrays, which forked workers share: no Python object is kept per annotation.
+
+    The objects of image i are the rows first[i] to first[i + 1] of boxes, labels, crowd and area.
+    """
+
+    folder: str
+    categories: list  # (original id, name) in the order of their ids; label k means categories[k]
+    ids: np.ndarray  # (N,) int64, ascending
+    files: np.ndarray  # (N,) bytes, relative to folder
+    heights: np.ndarray  # (N,) int64
+    widths: np.ndarray  # (N,) int64
+    first: np.ndarray  # (N + 1,) int64
+    boxes: np.ndarray  # (M, 4) float64 xywh, as the json has them
+    labels: np.ndarray  # (M,) int64 in 0..K-1
+    crowd: np.ndarray  # (M,) bool
+    area: np.ndarray  # (M,) float64: of the segmentation
+    broken: tuple = ()  # ids of the annotations that were dropped
+
+    def path(self, i):
+        """Where the file of image i is."""
+        return os.path.join(self.folder, os.fsdecode(bytes(self.files[i])))
+
+    def objects(self, i):
+        """Boxes (n, 4) xyxy float64, clipped to the image, and labels (n,) of image i, crowds left out."""
+        rows = np.arange(self.first[i], self.first[i + 1])
+        rows = rows[~self.crowd[rows]]
+        x, y, w, h = self.boxes[rows].T
+        boxes = np.stack((x, y, x + w, y + h), axis=1)
+        return boxes.clip(0, [self.widths[i], self.heights[i]] * 2), self.labels[rows]
+
+    def select(self, images):
+        """The same split with only these images (indices, ascending)."""
+        images = np.asarray(images, dtype=np.int64)
+        owner = np.repeat(np.arange(len(self.ids)), np.diff(self.first))  # (M,) the image of each object
+        rows = np.isin(owner, images)
+        counts = np.diff(self.first)[images]
+        fields = {name: getattr(self, name)[images] for name in ("ids", "files", "heights", "widths")}
+        fields |= {name: getattr(self, name)[rows] for name in ("boxes", "labels", "crowd", "area")}
+        return self._replace(first=np.concatenate(([0], counts.cumsum())), **fields)
+
+    def positives(self):
+        """(N,) number of objects that are not crowds, by image."""
+        return np.diff(np.concatenate(([0], (~self.crowd).cumsum()))[self.first])
+
+    def summary(self):
+        """The counts that a start-up prints."""
+        positives = self.positives()
+        text = (
+            f"{len(self.ids)} images, {positives.sum()} objects of {len(self.categories)} classes, "
+            f"{self.crowd.sum()} crowds (never positive), "
+            f"{(positives == 0).sum()} images without objects (negatives), "
+            f"{(positives > MAX_OBJECTS).sum()} with more than {MAX_OBJECTS} (which keep {MAX_OBJECTS})"
+        )
+        if self.broken:
+            text += f", {len(self.broken)} broken objects dropped (annotation ids {list(self.broken[:5])})"
+        return text
+
+
+def split_paths(root, split):
+    """(annotation file, image folder) of a split, in COCO's layout."""
+    return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
+
+
+def load_annotations(root, split=TRAIN):
+    """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
+
+    Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
+    is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
+    """
+    path, folder = split_paths(root, split)
+    missing = " and ".join(str(p) for p in (folder, path) if not p.exists())
+    if missing:
+        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
+    images, objects, categories = read_coco(path)
+
+    ids = column(images, "id", "image", path)
+    order = np.argsort(ids, kind="stable")
+    images, ids = [images[k] for k in order], ids[order]
+    heights, widths = column(images, "height", "image", path), column(images, "width", "image", path)
+    category_ids = np.sort(column(categories, "id", "category", path))
+    object_ids = [o.get("id", f"number {k}") for k, o in enumerate(objects)]
+    owner, category = column(objects, "image_id", "object", path), column(objects, "category_id", "object", path)
+    check_ids("image", ids.tolist(), owner, object_ids, path)
+    check_ids("category", category_ids.tolist(), category, object_ids, path)
+    check_ids("annotation", object_ids, [], [], path)
+    if (np.minimum(heights, widths) <= 0).any():
+        bad = ids[np.minimum(heights, widths) <= 0][0]
+        raise UserError(f"{path}: image id {bad} has no positive height and width; correct them")
+    names = file_names(images, ids, folder, path)
+
+    owner = np.searchsorted(ids, owner)
+    boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
+    area = np.array([numbers([o.get("area")], 1)[0] for o in objects], dtype=np.float64)
+    broken = broken_objects(objects, boxes, heights[owner], widths[owner])
+    broken_ids = tuple(object_ids[k] for k in np.flatnonzero(broken))
+    if len(broken_ids) > MAX_BROKEN * len(objects):
+        raise UserError(
+            f"{path}: {len(broken_ids)} of {len(objects)} objects are broken, such as annotation ids "
+            f"{list(broken_ids[:5])}: a bbox must be [x, y, width, height] in pixels (not two corners) with positive "
+            "sides inside its image, a polygon [x1, y1, x2, y2, ...] needs 3 points, an RLE its image's size; correct them"
+        )
+    rows = np.flatnonzero(~broken)
+    rows = rows[np.argsort(owner[rows], kind="stable")]
+    counts = np.bincount(owner[rows], minlength=len(ids))
+    name_of = {c["id"]: str(c.get("name", c["id"])) for c in categories}
+    return Annotations(
+        folder=str(folder),
+        categories=[(k, name_of[k]) for k in category_ids.tolist()],
+        ids=ids,
+        files=np.array([os.fsencode(name) for name in names]),
+        heights=heights,
+        widths=widths,
+        first=np.concatenate(([0], counts.cumsum())),
+        boxes=boxes[rows],
+        labels=np.searchsorted(category_ids, category[rows]),
+        crowd=np.array([bool(objects[k].get("iscrowd")) for k in rows], dtype=bool),
+        area=np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])[rows],
+        broken=broken_ids,
+    )
+
+
+def read_coco(path):
+    """(images, annotations, categories) of a json file: lists of dicts, the first and the last not empty."""
+    try:
+        content = json.loads(path.read_bytes())
+        parts = [content[key] for key in ("images", "annotations", "categories")]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a COCO annotation file ({type(error).__name__}: {error}): it must be an object with the "
+            "lists images, annotations and categories; download or export it again"
+        ) from None
+    for key, part in zip(("images", "annotations", "categories"), parts):
+        if not isinstance(part, list) or not all(isinstance(row, dict) for row in part):
+            raise UserError(f"{path}: {key!r} is not a list of objects as COCO has it; export the file again")
+        if not part and key != "annotations":
+            raise UserError(f"{path} has no {key}; export it again")
+    return parts
+
+
+def column(rows, key, what, path):
+    """(len(rows),) int64: row[key] of every row. Raises UserError at the first that has no integer there."""
+    for k, row in enumerate(rows):
+        value = row.get(key)
+        if not isinstance(value, (int, float)) or not abs(value) < 2**53 or value != int(value):
+            where = f"id {row['id']}" if "id" in row and key != "id" else f"number {k}"
+            raise UserError(f"{path}: {what} {where} has {key} {value!r}, which is not an integer; correct it")
+    return np.array([row[key] for row in rows], dtype=np.int64)
+
+
+def numbers(values, count):
+    """`values` if they are a list of `count` numbers, else as many NaN."""
+    sound = isinstance(values, list) and len(values) == count
+    sound = sound and all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)
+    return values if sound else [math.nan] * count
+
+
+def check_ids(what, known, used, objects, path):
+    """Raise UserError where an id stands twice in `known`, or an object uses one that isn't there."""
+    seen = set()
+    for value in known:
+        if str(value) in seen:
+            raise UserError(f"{path} has the {what} id {value} twice; export it again")
+        seen.add(str(value))
+    unknown = np.flatnonzero(~np.isin(used, known))
+    if len(unknown):
+        k = unknown[0]
+        raise UserError(
+            f"{path}: annotation id {objects[k]} has {what}_id {used[k]}, which the file's list of {what} ids "
+            "doesn't have; correct or remove it"
+        )
+
+
+def file_names(images, ids, folder, path):
+    """The images' file names, all of them present in the folder; else UserError."""
+    present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    names = [image.get("file_name") for image in images]
+    for name, image_id in zip(names, ids):
+        if not isinstance(name, str) or (name not in present and not (folder / name.replace("\0", "")).is_file()):
+            raise UserError(
+                f"{folder} has no file {name!r}, which {path} names for image id {image_id}; "
+                "unpack the images there again"
+            )
+    return names
+
+
+def broken_objects(objects, boxes, heights, widths):
+    """(M,) bool: no finite box of positive sides at least half of which is in its image, or an unsound mask."""
+    x, y, w, h = boxes.T
+    with np.errstate(invalid="ignore"):
+        visible_w = (np.minimum(x + w, widths) - np.maximum(x, 0)).clip(0)
+        visible_h = (np.minimum(y + h, heights) - np.maximum(y, 0)).clip(0)
+        sound = (w > 0) & (h > 0) & (visible_w * visible_h >= w * h / 2)  # NaN compares false
+    masks = [sound_mask(o.get("segmentation"), size) for o, size in zip(objects, zip(heights, widths))]
+    return ~(sound & np.array(masks, dtype=bool))
+
+
+def sound_mask(segmentation, size):
+    """Polygons of 3 points or more, a run-length code of the image's (height, width), or nothing at all."""
+    if isinstance(segmentation, dict):
+        return "counts" in segmentation and numbers(segmentation.get("size"), 2) == list(size)
+    try:
+        return all(len(p) >= 6 and len(p) % 2 == 0 and math.isfinite(sum(p)) for p in segmentation or ())
+    except TypeError:
+        return False
+
+
+class View(NamedTuple):
+    """How an image is seen: the source region (whole pixels), its size in the network's input, and the flip."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    width: int
+    height: int
+    flip: bool = False
+
+    def boxes(self, boxes):
+        """Source boxes (n, 4) xyxy -> boxes (n, 4) in the network's input, clipped to the region."""
+        scale = np.array([self.width / (self.right - self.left), self.height / (self.bottom - self.top)] * 2)
+        boxes = (boxes - [self.left, self.top] * 2) * scale
+        boxes = boxes.clip(0, [self.width, self.height] * 2)
+        if self.flip:
+            boxes[:, [0, 2]] = self.width - boxes[:, [2, 0]]
+        return boxes
+
+    def image(self, image, size):
+        """PIL image -> uint8 (3, S, S): the region resized at once, padded at the right and bottom."""
+        region = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
+        region = torch.from_numpy(region).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+        # Departure: the authors' bilinear resize is not antialiased.
+        region = F.interpolate(region, (self.height, self.width), mode="bilinear", antialias=True)[0]
+        canvas = torch.tensor(PAD_COLOUR, dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
+        canvas[:, : self.height, : self.width] = region.flip(2) if self.flip else region
+        return canvas
+
+
+def full_view(height, width, size, scale=1.0):
+    """The whole image, its long side scaled to round(scale * size): what a test sees (authors' input_utils.py)."""
+    ratio = round(scale * size) / max(height, width)
+    return View(0, 0, width, height, max(round(width * ratio), 1), max(round(height * ratio), 1))
+
+
+def draw_view(rng, height, width, size, jitter, flip=True):
+    """Scale jitter (paper section 5.1, protocols A to C; authors' input_utils.py), drawn from a numpy Generator.
+
+    The image is scaled as in `full_view` by a scale from U(jitter); a size x size window is cut from it at a
+    uniform integer offset. Only the source pixels under the window are kept, to be resized once.
+    Departure: their edges are rounded to whole pixels, so that the window moves by half of one at most.
+    """
+    full = full_view(height, width, size, rng.uniform(*jitter))
+    edges = []
+    for scaled, source in ((full.width, width), (full.height, height)):
+        offset = rng.integers(0, max(scaled - size, 0), endpoint=True)
+        start = min(round(offset * source / scaled), source - 1)
+        stop = round((offset + min(scaled, size)) * source / scaled)
+        edges.append((start, max(stop, start + 1)))
+    (left, right), (top, bottom) = edges
+    flip = bool(flip and rng.random() < 0.5)
+    return View(left, top, right, bottom, min(full.width, size), min(full.height, size), flip)
+
+
+def read_image(path, what):
+    """A decoded PIL image in RGB; EXIF's rotation is ignored, as COCO's boxes do. Raises UserError, naming `what`."""
+    try:
+        image = Image.open(path)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds for a bad file
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        raise UserError(
+            f"cannot decode {path} ({what}): {reason}; replace the file, or list all bad ones with "
+            "python data.py --check"
+        ) from None
+
+
+def read_checked(annotations, i):
+    """Image i of a split, of the size that the json states; else UserError."""
+    what = f"image id {annotations.ids[i]}"
+    image = read_image(annotations.path(i), what)
+    stated = (annotations.widths[i], annotations.heights[i])
+    if image.size != stated:
+        raise UserError(
+            f"{annotations.path(i)} ({what}) is {image.width}x{image.height} pixels, but the json says "
+            f"{stated[0]}x{stated[1]}; replace the file or correct the json"
+        )
+    return image
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed, epoch, count):
+    """The order of an epoch's images: (count,) int64."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class TrainSet(Dataset):
+    """Training samples as a pure function of (seed, n): dataset[n] is image perm(n // N)[n mod N] of epoch n // N.
+
+    A sample is a dict: image uint8 (3, S, S) RGB; boxes (100, 4) float32 xyxy and labels (100,) int64, padded
+    with zeros and -1; sample, the number n. Only crowds and boxes outside the window are left out.
+    """
+
+    def __init__(self, annotations, size, jitter, flip=True, seed=0):
+        self.annotations, self.size, self.jitter, self.flip, self.seed = annotations, size, jitter, flip, seed
+
+    def image_of(self, n):
+        """(epoch, index of the image) of sample n."""
+        epoch, place = divmod(n, len(self.annotations.ids))
+        return epoch, int(permutation(self.seed, epoch, len(self.annotations.ids))[place])
+
+    def __getitem__(self, n):
+        epoch, i = self.image_of(n)
+        a = self.annotations
+        # image + 1, because (seed, epoch, 0) is the same seed to numpy as (seed, epoch).
+        rng = np.random.default_rng((self.seed, epoch, i + 1))
+        view = draw_view(rng, int(a.heights[i]), int(a.widths[i]), self.size, self.jitter, self.flip)
+        boxes, labels = a.objects(i)
+        boxes = view.boxes(boxes)
+        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+        if len(kept) > MAX_OBJECTS:
+            kept = np.sort(rng.choice(kept, MAX_OBJECTS, replace=False))
+        targets = torch.zeros(MAX_OBJECTS, 4), torch.full((MAX_OBJECTS,), -1)
+        targets[0][: len(kept)] = torch.from_numpy(boxes[kept])
+        targets[1][: len(kept)] = torch.from_numpy(labels[kept])
+        image = view.image(read_checked(a, i), self.size)
+        return {"image": image, "boxes": targets[0], "labels": targets[1], "sample": n}
+
+
+class TestSet(Dataset):
+    """The images of a split as a test sees them: a dict of image uint8 (3, S, S), region (2,) float32: the image's
+    (height, width) in it, and index."""
+
+    __test__ = False  # not a test, whatever pytest makes of the name
+
+    def __init__(self, annotations, size):
+        self.annotations, self.size = annotations, size
+
+    def __getitem__(self, i):
+        image = read_checked(self.annotations, i)
+        view = full_view(image.height, image.width, self.size)
+        region = torch.tensor([view.height, view.width], dtype=torch.float32)
+        return {"image": view.image(image, self.size), "region": region, "index": i}
+
+
+def micro_batches(first, last, batch, micro, rank=0, world=1):
+    """Sample numbers of this rank's micro-batches of the steps first..last-1: step k has k * batch and on, whatever
+    the ranks and the micro-batch, and its t-th micro-step's world * micro samples are contiguous."""
+    for step in range(first, last):
+        for start in range(step * batch + rank * micro, (step + 1) * batch, world * micro):
+            yield list(range(start, start + micro))
+
+
+def make_loader(dataset, batches, workers, pin_memory=False):
+    """A DataLoader over an iterable of lists of sample numbers."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+
+
+PALETTE = ((230, 60, 60), (60, 160, 240), (60, 200, 90), (240, 190, 40), (190, 90, 220), (40, 200, 200), (250, 130, 40))
+
+
+def draw_objects(image, boxes, labels, names, scores=None):
+    """uint8 (3, H, W) with boxes (n, 4) xyxy drawn in their class's colour and named, with scores if given."""
+    if not len(boxes):
+        return image
+    texts = [names[k] for k in labels.tolist()]
+    if scores is not None:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
+    colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
+    return draw_bounding_boxes(image, boxes, texts, colours, width=2)
+
+
+# The generated set. Ranges are uniform unless said otherwise; the README states them.
+SHAPES = {
+    "images": {TRAIN: 600, VAL: 200},
+    "classes": {1: "disc", 2: "square", 4: "triangle", 5: "star", 9: "cross", 12: "ring"},  # original id: outline
+    "short_side": (160, 208),  # pixels
+    "aspect": (1.0, 1.1, 1.23),  # long side / short side, one of these; sides lie in 160..256
+    "objects": (1, 6),  # per image
+    "object_side": (0.2, 0.85),  # longer side / the image's short side, log-uniform
+    "stretch": (0.8, 1.25),  # width / height of an outline that is not turned
+    "turn": (-20, 20),  # degrees
+    "hue_spread": 12,  # degrees, standard deviation around the class's typical hue; those are 60 degrees apart
+    "visible": 0.6,  # no object is covered beyond this share of its pixels
+    "crowd_share": 0.08,  # of the images: a crowd of 8 to 14 small outlines of one class, a single RLE mask
+}
+
+
+def outline(kind):
+    """The polygon of a class: (n, 2), the longer side about 1. A ring's hole is cut later."""
+    turn = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    if kind in ("disc", "ring"):
+        return np.stack((np.cos(turn), np.sin(turn)), axis=1) / 2
+    if kind == "star":
+        radius = np.where(np.arange(10) % 2, 0.2, 0.5)
+        return np.stack((radius * np.sin(turn[::4]), -radius * np.cos(turn[::4])), axis=1)
+    arm = 1 / 6  # of a cross, half its width
+    half = {
+        "square": [(0.5, -0.5), (0.5, 0.5)],
+        "triangle": [(0.5, 0.45), (-0.5, 0.45), (0, -0.45)],
+        "cross": [(arm, -0.5), (arm, -arm), (0.5, -arm), (0.5, arm), (arm, arm), (arm, 0.5)],
+    }[kind]
+    return np.array(half if kind == "triangle" else half + [(-x, -y) for x, y in half])
+
+
+def random_outline(rng, kind, side, size):
+    """A polygon (n, 2) in pixels, of longer side `side`, turned, stretched and placed inside (width, height)."""
+    angle, stretch = np.deg2rad(rng.uniform(*SHAPES["turn"])), rng.uniform(*SHAPES["stretch"])
+    rotation = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
+    polygon = (outline(kind) * [stretch**0.5, stretch**-0.5]) @ rotation
+    polygon = (polygon - polygon.min(axis=0)) * (side / np.ptp(polygon, axis=0).max())
+    return polygon + rng.uniform(0, 1, 2) * (size - polygon.max(axis=0))
+
+
+def rasterize(polygon, size):
+    """(H, W) bool: the pixels inside a polygon (n, 2), as pycocotools sees them."""
+    codes = coco_mask.frPyObjects([polygon.ravel().tolist()], int(size[1]), int(size[0]))
+    return coco_mask.decode(codes)[..., 0].astype(bool)
+
+
+def random_object(rng, kind, side, size, crowd):
+    """(mask (H, W) bool, polygon (n, 2), or None where only a run-length code can tell the mask)."""
+    if crowd:
+        mask = np.zeros(size[::-1].astype(int), dtype=bool)
+        corner = rng.uniform(0, 1, 2) * (size - side)
+        for _ in range(rng.integers(8, 15)):
+            mask |= rasterize(random_outline(rng, kind, side / 5, np.array([side, side])) + corner, size)
+        return mask, None
+    polygon = random_outline(rng, kind, side, size).round(2)
+    mask = rasterize(polygon, size)
+    if kind == "ring":
+        middle = polygon.mean(axis=0)
+        return mask & ~rasterize((polygon - middle) * 0.5 + middle, size), None
+    return mask, polygon
+
+
+def random_ground(rng, size):
+    """(H, W, 3) float: pale blotches, stripes and grain."""
+    coarse = rng.integers(60, 200, (rng.integers(3, 9), rng.integers(3, 9), 3), dtype=np.uint8)
+    image = np.array(Image.fromarray(coarse).resize(size.tolist(), Image.Resampling.BICUBIC), dtype=np.float64)
+    image = 0.6 * image.mean(axis=2, keepdims=True) + 0.4 * image
+    y, x = np.mgrid[: size[1], : size[0]]
+    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 30)
+    stripes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)
+    return image + rng.uniform(0, 22) * stripes[..., None] + rng.normal(0, rng.uniform(2, 12), image.shape)
+
+
+def paint(rng, image, mask, hue):
+    """Paint a mask (H, W) of the image (H, W, 3) in one colour of the given hue (degrees), shaded, with grain."""
+    hsv = [hue / 360 * 255 % 255, rng.uniform(0.55, 0.95) * 255, rng.uniform(0.6, 0.95) * 255]
+    rgb = np.array(Image.new("HSV", (1, 1), tuple(int(v) for v in hsv)).convert("RGB"))[0, 0]
+    shade = np.linspace(1 - 0.12, 1 + 0.12, image.shape[1])[:: rng.choice((-1, 1))]
+    columns = np.nonzero(mask)[1]
+    image[mask] = rgb * shade[columns, None] + rng.normal(0, 6, (len(columns), 3))
+
+
+def random_scene(rng):
+    """An image (H, W, 3) uint8 and its objects: dicts of category_id, iscrowd, mask (H, W) bool, polygon or None."""
+    short = rng.integers(*SHAPES["short_side"], endpoint=True)
+    size = np.array([int(short * rng.choice(SHAPES["aspect"])), short])[:: rng.choice((1, 1, -1))]  # width, height
+    image, objects = random_ground(rng, size), []
+    ids = list(SHAPES["classes"])
+    crowds = int(rng.random() < SHAPES["crowd_share"])
+    for k in range(rng.integers(*SHAPES["objects"], endpoint=True) + crowds):
+        crowd, category = k < crowds, int(rng.choice(ids))
+        side = short * (0.5 if crowd else np.exp(rng.uniform(*np.log(SHAPES["object_side"]))))
+        for _ in range(20):  # other places, until enough of what lies below stays visible
+            mask, polygon = random_object(rng, SHAPES["classes"][category], side, size, crowd)
+            if all((o["mask"] & ~mask).sum() >= SHAPES["visible"] * o["whole"] for o in objects):
+                break
+        else:
+            continue
+        for o in objects:
+            if (o["mask"] & mask).any():
+                o["mask"], o["polygon"] = o["mask"] & ~mask, None
+        hue = ids.index(category) * 360 / len(ids) + rng.normal(0, SHAPES["hue_spread"])
+        paint(rng, image, mask, hue)
+        new = {"category_id": category, "iscrowd": int(crowd), "mask": mask, "whole": mask.sum(), "polygon": polygon}
+        objects.append(new)
+    return image.clip(0, 255).astype(np.uint8), objects
+
+
+def write_shapes(root, seed=0):
+    """Write the generated set under `root`, in COCO's layout, unless it is there; the same files at every call."""
+    if all(split_paths(root, split)[0].exists() for split in SHAPES["images"]):
+        return
+    print(f"writing the generated shapes to {root}", flush=True)
+    draft = Path(f"{root}.{os.getpid()}.tmp")
+    for s, (split, count) in enumerate(SHAPES["images"].items()):
+        path, folder = split_paths(draft, split)
+        folder.mkdir(parents=True), path.parent.mkdir(exist_ok=True)
+        images, annotations = [], []
+        for k in range(count):
+            scene, objects = random_scene(np.random.default_rng((seed, s, k)))
+            image_id = (s + 1) * 10000 + 7 * k
+            name = f"{image_id:012d}.jpg"
+            Image.fromarray(scene).save(folder / name, quality=92)
+            images.append({"id": image_id, "file_name": name, "height": scene.shape[0], "width": scene.shape[1]})
+            for o in objects:
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id} | coco_object(o))
+        categories = [{"id": k, "name": name} for k, name in SHAPES["classes"].items()]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        path.write_text(json.dumps(content | {"info": {"description": "generated shapes"}, "licenses": []}))
+    with contextlib.suppress(OSError):  # another process has just put its own, equal copy there
+        os.rename(draft, root)
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def coco_object(o):
+    """A scene's object as COCO writes it: polygons where they suffice, else uncompressed run lengths."""
+    mask = np.asfortranarray(o["mask"])
+    code = coco_mask.encode(mask.astype(np.uint8))
+    if o["polygon"] is not None:
+        low, high = o["polygon"].min(axis=0), o["polygon"].max(axis=0)
+        segmentation, box = [o["polygon"].ravel().tolist()], [*low, *(high - low)]
+    else:
+        pixels = mask.ravel(order="F")
+        changes = np.flatnonzero(np.diff(pixels, prepend=False))  # runs alternate, background first
+        counts = np.diff(np.concatenate(([0], changes, [pixels.size]))).tolist()
+        segmentation, box = {"size": list(mask.shape), "counts": counts}, coco_mask.toBbox(code)
+    box = [round(float(v), 2) for v in box]
+    area = float(coco_mask.area(code))
+    return {k: o[k] for k in ("category_id", "iscrowd")} | {"bbox": box, "area": area, "segmentation": segmentation}
+
+
+def resolve_root(data):
+    """The folder that `--data` names; for the name `shapes`, the generated set in data/shapes, written on first use."""
+    if data != "shapes":
+        return Path(data)
+    root = Path("data/shapes")
+    write_shapes(root)
+    return root
+
+
+def check(annotations):
+    """Decode every image; the sentences that say which are bad."""
+    bad = []
+    for i in tqdm(range(len(annotations.ids)), desc="decoding", disable=None):
+        try:
+            read_checked(annotations, i)
+        except UserError as error:
+            bad.append(str(error))
+    return bad
+
+
+def show(dataset, count, out):
+    """Write the first `count` augmented samples, with their boxes, as PNG files."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [name for _, name in dataset.annotations.categories]
+    for n in range(count):
+        sample = dataset[n]
+        real = sample["labels"] >= 0
+        drawn = draw_objects(sample["image"], sample["boxes"][real], sample["labels"][real], names)
+        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(out / f"{n:03d}.png")
+    print(f"wrote {count} samples to {out}")
+
+
+def bench(dataset, seconds=5.0):
+    """Images per second of the training samples on one core, and the share of it that is decoding alone."""
+    torch.set_num_threads(1)
+    a, n, decode, start = dataset.annotations, 0, 0.0, time.perf_counter()
+    while time.perf_counter() - start - decode < seconds:
+        dataset[n]
+        before = time.perf_counter()
+        read_checked(a, dataset.image_of(n)[1])
+        decode += time.perf_counter() - before
+        n += 1
+    whole = time.perf_counter() - start - decode
+    print(f"{n / whole:.0f} images/s on one core ({1000 * whole / n:.2f} ms each, {100 * decode / whole:.0f} % of it decoding)")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Look at a data set as training sees it.")
+    parser.add_argument("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    parser.add_argument("--split", default=TRAIN, help=f"default {TRAIN}")
+    parser.add_argument("--check", action="store_true", help="decode every image and list the bad ones")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="write N augmented samples with their boxes")
+    parser.add_argument("--bench", action="store_true", help="images per second on one core")
+    parser.add_argument("--size", type=int, default=640, help="side of the network's input (default 640)")
+    parser.add_argument("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar=("LOW", "HIGH"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/show"), help="where --show writes (default runs/show)")
+    args = parser.parse_args(argv)
+
+    annotations = load_annotations(resolve_root(args.data), args.split)
+    print(f"{args.split}: {annotations.summary()}")
+    dataset = TrainSet(annotations, args.size, args.jitter, seed=args.seed)
+    if args.show:
+        show(dataset, args.show, args.out)
+    if args.bench:
+        bench(dataset)
+    if args.check:
+        bad = check(annotations)
+        print("\n".join(bad + [f"{len(bad)} of {len(annotations.ids)} images are bad"]))
+        if bad:
+            raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
