@@ -121,16 +121,22 @@ def split_paths(root, split):
     return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
 
 
+def require_split(root, split):
+    """The paths of a split, which must exist; else a UserError that names all missing ones and how to get them."""
+    path, folder = split_paths(root, split)
+    missing = " and ".join(str(p) for p in (folder, path) if not p.exists())
+    if missing:
+        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
+    return path, folder
+
+
 def load_annotations(root, split=TRAIN):
     """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
 
     Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
     is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
     """
-    path, folder = split_paths(root, split)
-    missing = " and ".join(str(p) for p in (folder, path) if not p.exists())
-    if missing:
-        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
+    path, folder = require_split(root, split)
     images, objects, categories = read_coco(path)
 
     ids = column(images, "id", "image", path)
@@ -414,7 +420,14 @@ def micro_batches(first, last, batch, micro, rank=0, world=1):
 
 def make_loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader over an iterable of lists of sample numbers."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
+    )
+
+
+def own_process_group(worker):
+    """Ctrl-C and SIGTERM go to a whole process group: out of it, a worker lives until the main process is done."""
+    os.setpgrp()
 
 
 PALETTE = ((230, 60, 60), (60, 160, 240), (60, 200, 90), (240, 190, 40), (190, 90, 220), (40, 200, 200), (250, 130, 40))
@@ -521,9 +534,9 @@ def random_scene(rng):
     size = np.array([int(short * rng.choice(SHAPES["aspect"])), short])[:: rng.choice((1, 1, -1))]  # width, height
     image, objects = random_ground(rng, size), []
     ids = list(SHAPES["classes"])
-    crowds = int(rng.random() < SHAPES["crowd_share"])
-    for k in range(rng.integers(*SHAPES["objects"], endpoint=True) + crowds):
-        crowd, category = k < crowds, int(rng.choice(ids))
+    count = rng.integers(*SHAPES["objects"], endpoint=True)
+    for k in range(count + (rng.random() < SHAPES["crowd_share"])):
+        crowd, category = k == count, int(rng.choice(ids))
         side = short * (0.5 if crowd else np.exp(rng.uniform(*np.log(SHAPES["object_side"]))))
         for _ in range(20):  # other places, until enough of what lies below stays visible
             mask, polygon = random_object(rng, SHAPES["classes"][category], side, size, crowd)

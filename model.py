@@ -172,6 +172,8 @@ class RetinaNet(nn.Module):
     see `heads.detect`.
     """
 
+    class_layers = ("head.classes.predict.",)  # names of the weights that depend on what the classes are
+
     def __init__(self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0):
         super().__init__()
         self.anchor_size = arch.anchor_size

@@ -1,0 +1,340 @@
+"""How good is it, and what does it see? COCO metrics, pictures, prediction on any image (paper section 5).
+
+Boxes are xyxy float pixels: of the network's input inside the model, of the original image from `to_original` on.
+
+    python evaluate.py --weights runs/x/best.pt --data data/coco               COCO's twelve lines, results.json
+    torchrun --nproc_per_node 8 evaluate.py --weights ... --data ...           the same on 8 GPUs
+    python evaluate.py --weights runs/x/best.pt --images photo.jpg --out seen  pictures and a json
+"""
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from data import (
+    VAL, TestSet, UserError, draw_objects, full_view, load_annotations, make_loader, one_sentence, read_checked,
+    read_image, resolve_root,
+)
+from model import build_model
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation
+V100_PIP = "pip install torch==2.10.0 torchvision==0.25.0"
+
+
+class Place(NamedTuple):
+    """Where a process runs: its device, its rank among `world` processes, and the autocast dtype (None: float32)."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    amp: torch.dtype | None = None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
+
+    def move(self, value):
+        """A module or a batch of images to the device, channels last but in float32 on CUDA, where that is slower."""
+        slower = self.device.type == "cuda" and self.amp is None
+        layout = torch.contiguous_format if slower else torch.channels_last
+        return value.to(self.device, memory_format=layout, non_blocking=True)
+
+
+def start(device_name=None, amp="auto"):
+    """Check that the device can be used, join torchrun's process group if there is one, and say where this runs.
+
+    amp "auto" is bf16 from compute capability 8 on, fp16 below, off without CUDA. Raises UserError.
+    """
+    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine or this torch build has no MPS; use --device cpu")
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
+            raise UserError(f"--device cuda: {found} for process {local_rank}; check nvidia-smi, or use --device cpu")
+        check_capability(torch.cuda.get_device_capability(local_rank), torch.cuda.get_arch_list())
+        torch.cuda.set_device(local_rank)
+        name = f"cuda:{local_rank}"
+    device = torch.device(name)
+    if amp == "auto":  # torch.cuda.is_bf16_supported() says yes on a V100, too, by emulation: hence the capability
+        cuda = device.type == "cuda"
+        amp = ("bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16") if cuda else "off"
+    if amp == "fp16" and device.type != "cuda":
+        raise UserError("--amp fp16 needs a CUDA device; use bf16 or off")
+    if world > 1 and not dist.is_initialized():
+        # Rank 0 alone runs COCOeval while the others wait: minutes on a large set, never an hour.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    return Place(device, rank, world, {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp])
+
+
+def check_capability(capability, arch_list):
+    """Raise UserError where the torch build has no kernels for the GPU, such as PyPI's from 2.11 on for a V100."""
+    major, minor = capability
+    for arch in arch_list:
+        kind, _, number = arch.partition("_")
+        built = int("".join(c for c in number if c.isdigit()))
+        # Machine code (sm) runs within its major version, intermediate code (compute) on anything newer.
+        if built <= 10 * major + minor and (kind == "compute" or built // 10 == major):
+            return
+    raise UserError(
+        f"this GPU has compute capability {major}.{minor}, but the installed torch {torch.__version__} was built for "
+        f"{' '.join(arch_list)} only; for a V100 (7.0) run: {V100_PIP}"
+    )
+
+
+def load_checkpoint(path):
+    """A checkpoint's dict, loaded without running any code in it. Raises UserError where it can't be read."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; train.py writes last.pt and best.pt into its --out") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not a checkpoint of tensors and plain values, so it was not loaded") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}); it may be truncated") from None
+    if not isinstance(checkpoint, dict) or not {"model", "recipe", "categories"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of train.py: it lacks model, recipe or categories")
+    return checkpoint
+
+
+def load_model(checkpoint, place):
+    """The detector that a checkpoint describes, in evaluation mode, on its device."""
+    recipe = checkpoint["recipe"]
+    detector = build_model(recipe["arch"], recipe["head"], len(checkpoint["categories"]), recipe["activation"])
+    detector.load_state_dict(checkpoint["model"])
+    return place.move(detector).eval()
+
+
+def to_original(found, width, height, size):
+    """One image's detections as numpy arrays, its boxes moved to the original image's pixels."""
+    view = full_view(height, width, size)
+    scale = np.array([width / view.width, height / view.height] * 2)
+    boxes = found["boxes"].cpu().double().numpy() * scale  # (n, 4)
+    return boxes, found["scores"].cpu().numpy(), found["labels"].cpu().numpy()
+
+
+@torch.no_grad()
+def detect_all(model, annotations, size, place, micro_batch, workers):
+    """{index: (boxes (n, 4), scores (n,), labels (n,))} of this rank's images, every world-th of them."""
+    mine = list(range(place.rank, len(annotations.ids), place.world))
+    batches = [mine[k : k + micro_batch] for k in range(0, len(mine), micro_batch)]
+    loader = make_loader(TestSet(annotations, size), batches, workers, place.device.type == "cuda")
+    found = {}
+    for batch in tqdm(loader, desc="evaluating", total=len(batches), disable=place.rank > 0 or None, leave=False):
+        with place.autocast():
+            detections = model(place.move(batch["image"]), sizes=batch["region"])
+        for i, detection in zip(batch["index"].tolist(), detections):
+            found[i] = to_original(detection, int(annotations.widths[i]), int(annotations.heights[i]), size)
+    return found
+
+
+def evaluate(
+    model, annotations, size, place, micro_batch=8, workers=0, categories=None, out=None, per_class=False
+):
+    """COCO's box metrics of a model on one split: {"AP": ..., ...}, the same on every rank.
+
+    Rank 0 prints COCO's twelve lines and, given `out`, writes results.json there. `categories` are the model's,
+    if they are not the data set's. Every image is seen once, whatever the number of ranks.
+    """
+    was_training = model.training
+    model.eval()
+    found = detect_all(model, annotations, size, place, micro_batch, workers)
+    model.train(was_training)
+    parts = [found] * place.world
+    if place.world > 1:
+        dist.all_gather_object(parts, found)
+    metrics = [None]
+    if place.rank == 0:
+        seen = [i for part in parts for i in part]
+        if sorted(seen) != list(range(len(annotations.ids))):
+            raise RuntimeError(f"{len(seen)} evaluated images are not the {len(annotations.ids)} of the data set")
+        print(f"evaluated {len(seen)}/{len(annotations.ids)} images")
+        found = {i: value for part in parts for i, value in part.items()}
+        results = coco_results(found, annotations, categories or annotations.categories)
+        if out is not None:
+            Path(out, "results.json").write_text(json.dumps(results))
+        metrics = [coco_metrics(annotations, results, per_class)]
+    if place.world > 1:
+        dist.broadcast_object_list(metrics, device=place.device)
+    return metrics[0]
+
+
+def coco_results(found, annotations, categories):
+    """COCO's result dicts: original image and category ids, xywh in original pixels."""
+    results = []
+    for i in sorted(found):
+        boxes, scores, labels = found[i]
+        boxes = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
+        for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+            results.append(
+                {"image_id": int(annotations.ids[i]), "category_id": categories[label][0], "bbox": box, "score": score}
+            )
+    return results
+
+
+def coco_index(annotations, objects):
+    """A pycocotools COCO of a split's images and categories with the given objects, whose ids count from 1."""
+    index = COCO()
+    index.dataset = {
+        "info": {},
+        "images": [{"id": i} for i in annotations.ids.tolist()],
+        "categories": [{"id": k, "name": name} for k, name in annotations.categories],
+        "annotations": [o | {"id": k + 1} for k, o in enumerate(objects)],
+    }
+    index.createIndex()
+    return index
+
+
+def ground_truth(annotations):
+    """A split's objects, crowds included, as COCO annotation dicts."""
+    owner = np.repeat(annotations.ids, np.diff(annotations.first)).tolist()
+    ids = [annotations.categories[label][0] for label in annotations.labels.tolist()]
+    rows = zip(owner, ids, annotations.boxes.tolist(), annotations.area.tolist(), annotations.crowd.tolist())
+    return [
+        {"image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": int(crowd)}
+        for image, category, box, area, crowd in rows
+    ]
+
+
+def coco_metrics(annotations, results, per_class=False):
+    """Print COCO's twelve lines for result dicts on a split; {"AP": ..., ..., "ARl": ...}."""
+    if not results:
+        print("warning: there is not one detection above the score threshold, so AP is 0")
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco_index(annotations, ground_truth(annotations))
+        objects = [r | {"area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for r in results]
+        judge = COCOeval(truth, coco_index(annotations, objects), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+    judge.summarize()
+    if per_class:
+        precision = judge.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, K), all areas, 100 detections
+        for k, (_, name) in enumerate(annotations.categories):
+            valid = precision[..., k][precision[..., k] > -1]
+            print(f" {name:<20} AP = {valid.mean() if len(valid) else -1:.3f}")
+    return dict(zip(METRICS, judge.stats.tolist()))
+
+
+def panel(image, boxes, labels, names, scores=None):
+    """A PIL image and original-pixel boxes drawn on a GRID_SIDE square, uint8 (3, GRID_SIDE, GRID_SIDE)."""
+    view = full_view(image.height, image.width, GRID_SIDE)
+    return draw_objects(view.image(image, GRID_SIDE), torch.from_numpy(view.boxes(boxes)), labels, names, scores)
+
+
+@torch.no_grad()
+def see(model, image, size, place):
+    """Boxes (n, 4) in the image's own pixels, scores (n,), labels (n,) of one PIL image."""
+    view = full_view(image.height, image.width, size)
+    region = torch.tensor([[view.height, view.width]], dtype=torch.float32)
+    with place.autocast():
+        (found,) = model(place.move(view.image(image, size)[None]), sizes=region)
+    return to_original(found, image.width, image.height, size)
+
+
+def write_grid(model, annotations, size, place, path):
+    """A PNG of a few images, evenly spaced over the split: the ground truth and, to its right, the detections."""
+    was_training = model.training
+    model.eval()
+    names = [name for _, name in annotations.categories]
+    count, panels = min(GRID_IMAGES, len(annotations.ids)), []
+    for i in np.linspace(0, len(annotations.ids) - 1, count).astype(int).tolist():
+        image = read_checked(annotations, i)
+        panels.append(panel(image, *annotations.objects(i), names))
+        boxes, scores, labels = see(model, image, size, place)
+        sure = scores >= GRID_SCORE
+        panels.append(panel(image, boxes[sure], labels[sure], names, scores[sure]))
+    model.train(was_training)
+    grid = make_grid(torch.stack(panels), nrow=4, padding=4, pad_value=255)
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
+
+
+def predict(model, source, out, categories, size, place, score):
+    """Detect on the image `source`, or on every image in that folder; write pictures and predictions.json to out."""
+    files = [source]
+    if source.is_dir():
+        files = sorted(p for p in source.iterdir() if p.suffix.lower() in Image.registered_extensions())
+    if not files or not files[0].is_file():
+        raise UserError(f"--images {source}: no image there")
+    out.mkdir(parents=True, exist_ok=True)
+    names, rows = [name for _, name in categories], []
+    for file in files:
+        image = ImageOps.exif_transpose(read_image(file, "--images"))  # a photo is shown upright
+        boxes, scores, labels = see(model, image, size, place)
+        boxes, scores, labels = (part[scores >= score] for part in (boxes, scores, labels))
+        drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        drawn = draw_objects(drawn, torch.from_numpy(boxes), labels, names, scores)
+        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(out / f"{file.name}.png")
+        for (x1, y1, x2, y2), s, k in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+            row = {"file": file.name, "category_id": categories[k][0], "category": names[k]}
+            rows.append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": s})
+    (out / "predictions.json").write_text(json.dumps(rows, indent=1))
+    print(f"{len(rows)} objects of score >= {score} on {len(files)} images: {out}")
+
+
+def check_categories(annotations, categories, path):
+    """Raise UserError unless every category of the data set is one of the model's, by id and name."""
+    lacking = [c for c in annotations.categories if tuple(c) not in {tuple(k) for k in categories}]
+    if lacking:
+        raise UserError(
+            f"{path} was trained on other classes: it lacks (id, name) {lacking[:5]}{' ...' if lacking[5:] else ''} of the "
+            "data set; train on this data, with --weights to start from that checkpoint"
+        )
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="COCO metrics of a checkpoint, or its detections on any image.")
+    parser.add_argument("--weights", type=Path, required=True, help="a checkpoint of train.py")
+    parser.add_argument("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    parser.add_argument("--split", default=VAL, help=f"default {VAL}")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    parser.add_argument("--per-class", action="store_true", help="print AP by class, too")
+    parser.add_argument("--images", type=Path, help="an image or a folder of images to predict on, instead of --data")
+    parser.add_argument("--score", type=float, default=0.3, help="with --images: draw detections from here on (default 0.3)")
+    parser.add_argument("--out", type=Path, help="folder of results.json or of the pictures (default: beside the weights)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="images at once per device (default 8)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
+    parser.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto")
+    args = parser.parse_args(argv)
+
+    checkpoint = load_checkpoint(args.weights)
+    categories, size = checkpoint["categories"], checkpoint["recipe"]["size"]
+    out = args.out or args.weights.parent / ("seen" if args.images else "")
+    annotations = None
+    if not args.images:
+        annotations = load_annotations(resolve_root(args.data), args.split)
+        annotations = annotations.select(range(len(annotations.ids))[: args.limit])
+        check_categories(annotations, categories, args.weights)
+    place = start(args.device, args.amp)
+    detector = load_model(checkpoint, place)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.images:
+        predict(detector, args.images, out, categories, size, place, args.score)
+    else:
+        evaluate(
+            detector, annotations, size, place, args.micro_batch, args.workers, categories, out, args.per_class
+        )
+    if place.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

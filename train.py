@@ -1,0 +1,502 @@
+"""What is the recipe, and the loop? Protocols, learning rate, checkpoints, one loop for 1 CPU to N GPUs.
+
+Dimensions: B images of a micro-batch on one rank; an optimizer step sees ranks x B x accumulation images.
+
+    python train.py --arch tiny --size 128 --protocol toy --data shapes
+    torchrun --nproc_per_node 8 train.py --arch 49 --size 640 --protocol B
+"""
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import TRAIN, VAL, TrainSet, UserError, load_annotations, make_loader, micro_batches, one_sentence
+from data import require_split, resolve_root, split_paths
+from evaluate import evaluate, load_checkpoint, start, write_grid
+from model import ARCHS, HEADS, MULTIPLE, build_model
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One training recipe (paper section 5.1 and its tables' captions; authors' yaml files)."""
+
+    jitter: tuple  # scale jitter: the range of the scale
+    epochs: int
+    activation: str = "relu"
+    drop_path: float = 0.0  # stochastic depth at the last block
+    drop_rate: float = 0.0  # DropBlock. Departure: the paper names it for A and gives no number
+    batch_size: int = 256  # global: over all devices and accumulation steps
+    lr: float = 0.28  # per 256 images
+    clip: float = 10.0  # global norm of the gradient
+    flip: bool = True
+    eval_every: int = 10  # epochs
+
+
+PROTOCOLS = {
+    "A": Protocol((0.8, 1.2), 250, drop_rate=0.1),
+    "B": Protocol((0.5, 2.0), 350),
+    "C": Protocol((0.5, 2.0), 500, activation="swish", drop_path=0.2),
+    "toy": Protocol((0.8, 1.2), 24, batch_size=16, lr=0.8, eval_every=8),  # not in the paper: for shapes on a CPU
+}
+# What the authors' yaml files change for one arch, by (protocol, arch, head).
+EXCEPTIONS = {
+    ("C", "143", "retinanet"): dict(jitter=(0.1, 1.9), drop_path=0.16),
+    ("C", "190", "retinanet"): dict(jitter=(0.1, 1.9), epochs=400, lr=0.3),
+}
+OVERFIT = dict(jitter=(1.0, 1.0), flip=False, epochs=200, eval_every=50)  # --overfit changes this in any protocol
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 4e-5
+WARMUP_LR, WARMUP_STEPS = 0.0067, 2000  # both for a batch of 256
+LR_BATCH = 256
+DROPS = (30, 10)  # epochs before the end at which the learning rate is divided by 10
+SHORT_RUN, SHORT_DROPS, SHORT_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10  # not in the paper: under 60 epochs, shares of the run
+
+# Images of one micro-batch on a device, at the size given; other sizes scale by area.
+MICRO_BATCH = {"tiny": (640, 64), "49S": (640, 32), "49": (640, 16), "96": (1024, 8), "143": (1280, 2), "190": (1280, 1)}
+SAVE_SECONDS = 15 * 60
+PRINT_EVERY = 50  # steps, where stderr is no terminal
+
+
+def schedule(epochs, steps_per_epoch, batch_size, lr=0.28):
+    """(peak, warm-up's first rate, warm-up's steps, step of the first drop, step of the second, all steps)."""
+    scale, total = batch_size / LR_BATCH, epochs * steps_per_epoch
+    warmup = WARMUP_STEPS / scale
+    if epochs < SHORT_RUN:
+        first, second = (math.ceil(total * share) for share in SHORT_DROPS)
+        warmup = min(warmup, total * SHORT_WARMUP)
+    else:
+        first, second = ((epochs - before) * steps_per_epoch for before in DROPS)
+    return lr * scale, WARMUP_LR * scale, warmup, first, second, total
+
+
+def lr_at(step, epochs, steps_per_epoch, batch_size=256, lr=0.28):
+    """The learning rate of a step, a pure function: linear warm-up, then the peak, a tenth, a hundredth of it.
+
+    `lr` is per 256 images; the peak is lr * batch_size / 256. Source: paper section 5.1; authors' yaml files.
+    """
+    peak, start, warmup, first, second, _ = schedule(epochs, steps_per_epoch, batch_size, lr)
+    if step < warmup:
+        return start + (step / warmup) * (peak - start)
+    return peak if step < first else peak / 10 if step < second else peak / 100
+
+
+def make_optimizer(model):
+    """SGD with momentum; decay on the weights of convolutions and linear layers only, not on biases and batch norm."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
+
+
+def train_step(model, batches, accumulate, optimizer, scaler, lr, clip, place, noise_key=(0, 0)):
+    """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the norm of the gradient.
+
+    The first `accumulate` micro-batches of the iterable `batches` are used and their losses averaged. noise_key is
+    (seed, step): from it, the micro-step and the rank, stochastic depth and DropBlock draw. Nothing is read back
+    from the device but by GradScaler.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    means = {}
+    for t, batch in enumerate(itertools.islice(batches, accumulate)):
+        torch.manual_seed(int(np.random.SeedSequence((*noise_key, t, place.rank)).generate_state(1)[0]))
+        targets = {k: v.to(place.device, non_blocking=True) for k, v in batch.items() if k != "image"}
+        last = t == accumulate - 1
+        with contextlib.nullcontext() if last or place.world == 1 else model.no_sync():
+            with place.autocast():
+                losses = model(place.move(batch["image"]), targets)
+            scaler.scale(sum(losses.values()) / accumulate).backward()
+        for name, value in losses.items():
+            means[name] = means.get(name, 0) + value.detach() / accumulate
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    return means, norm
+
+
+def read_step(means, norm, stop, place):
+    """The step's one host read: ({name: loss, mean over the ranks}, gradient norm, whether any rank asks to stop)."""
+    values = torch.stack([*means.values(), torch.full_like(norm, float(bool(stop)))])
+    if place.world > 1:
+        dist.all_reduce(values)
+    *losses, stop, norm = torch.cat((values / place.world, norm[None])).tolist()
+    return dict(zip(means, losses)), norm, stop > 0
+
+
+def save(path, checkpoint):
+    """Write a checkpoint so that at every moment `path` is whole: the old one or the new one."""
+    draft = path.with_suffix(".tmp")
+    try:
+        with open(draft, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error}); the one before is intact: make room and --resume") from None
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Train SpineNet on COCO, or on anything in COCO's layout.")
+    add = parser.add_argument
+    add("--arch", default="49", choices=ARCHS)
+    add("--size", type=int, default=640, help=f"side of the square input, a multiple of {MULTIPLE} (default 640)")
+    add("--protocol", default="B", choices=PROTOCOLS, help="the recipe's row; the flags below change one field of it")
+    add("--head", default="retinanet", choices=HEADS)
+    add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    add("--out", type=Path, help="folder of the run (default runs/ARCH_SIZE_PROTOCOL_HEAD)")
+    add("--batch-size", type=int, help="global batch: images per optimizer step over all devices")
+    add("--micro-batch", type=int, help="images per device at once; divides batch size / devices")
+    add("--epochs", type=int)
+    add("--lr", type=float, help="learning rate per 256 images of the global batch")
+    add("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scale jitter's range")
+    add("--eval-every", type=int, help="epochs between evaluations")
+    add("--workers", type=int, help="data processes per device (default: its share of the cores, 8 at most)")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
+    add("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: bf16 or fp16 on CUDA, by capability")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--resume", nargs="?", const="last.pt", metavar="FILE", help="go on exactly where a run stopped (default OUT/last.pt)")
+    add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
+    add("--overfit", type=int, metavar="N", help="the first N images that have an object, no flip, no jitter; also evaluated on them")
+    add("--limit", type=int, metavar="N", help="the first N images of every split")
+    return parser.parse_args(argv)
+
+
+def resolve(args):
+    """The recipe as a plain dict: the protocol's row, its exception for this arch and head, --overfit, the flags."""
+    fields = dataclasses.asdict(PROTOCOLS[args.protocol])
+    fields |= EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
+    if args.overfit:
+        fields |= OVERFIT | {"batch_size": args.overfit}
+    flags = ("batch_size", "epochs", "lr", "jitter", "eval_every")
+    fields |= {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    kept = ("arch", "size", "protocol", "head", "seed", "overfit", "limit")
+    recipe = {name: getattr(args, name) for name in kept} | fields | {"jitter": list(fields["jitter"])}
+    for name in ("size", "batch_size", "epochs", "lr", "eval_every", "clip"):
+        if not recipe[name] > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
+    for name in ("overfit", "limit"):
+        if recipe[name] is not None and recipe[name] <= 0:
+            raise UserError(f"--{name} is {recipe[name]}, but must be positive")
+    if recipe["size"] % MULTIPLE:
+        below = max(recipe["size"] // MULTIPLE, 1) * MULTIPLE
+        raise UserError(f"--size {recipe['size']} is not a multiple of {MULTIPLE}, the stride of P7; try {below}")
+    if not 0 < recipe["jitter"][0] <= recipe["jitter"][1]:
+        raise UserError(f"--jitter {recipe['jitter']}: give LOW and HIGH with 0 < LOW <= HIGH")
+    if recipe["seed"] < 0:
+        raise UserError(f"--seed is {recipe['seed']}, but must not be negative")
+    return recipe
+
+
+def split_batch(recipe, micro_batch, place):
+    """(images per micro-batch, micro-steps per optimizer step) of one rank; refuses what doesn't divide."""
+    share, rest = divmod(recipe["batch_size"], place.world)
+    if rest:
+        raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
+    if micro_batch is None:
+        size, fits = MICRO_BATCH[recipe["arch"]]
+        fits = max(int(fits * (size / recipe["size"]) ** 2), 1)
+        micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)
+    if micro_batch <= 0 or share % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch} must divide {share}, which is --batch-size / devices")
+    synchronized = place.world if place.device.type == "cuda" else 1
+    if (recipe["size"] // MULTIPLE) ** 2 * micro_batch * synchronized == 1:
+        raise UserError(
+            f"--size {recipe['size']} with --micro-batch 1 leaves batch norm a single value per channel on P7; use a "
+            "micro-batch of 2 or a larger size"
+        )
+    return micro_batch, share // micro_batch
+
+
+def load_splits(args, recipe, place):
+    """(annotations to train on, annotations to evaluate on). Rank 0 writes the generated set; the others wait."""
+    if place.world > 1 and place.rank > 0:
+        dist.barrier()
+    root = resolve_root(args.data)
+    if place.world > 1 and place.rank == 0:
+        dist.barrier()
+    train = load_annotations(root, TRAIN)
+    if recipe["overfit"]:
+        train = train.select(np.flatnonzero(train.positives())[: recipe["overfit"]])
+        return train, train
+    val = train
+    if all(path.exists() for path in split_paths(root, VAL)):
+        val = load_annotations(root, VAL)
+    elif place.rank == 0:
+        print(f"there is no {' or no '.join(map(str, split_paths(root, VAL)))}: evaluating on {TRAIN}")
+    if val.categories != train.categories:
+        raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
+    return tuple(split.select(range(len(split.ids))[: recipe["limit"]]) for split in (train, val))
+
+
+def describe(recipe, train, val, accumulate, place, steps_per_epoch, parameters):
+    """Everything the run is about to do, printed once."""
+    peak, start, warmup, first, second, total = schedule(
+        recipe["epochs"], steps_per_epoch, recipe["batch_size"], recipe["lr"]
+    )
+    print("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None))
+    print(f"train: {train.summary()}")
+    print(f"evaluate: {'the same images' if val is train else val.summary()}")
+    print(
+        f"batch: {recipe['batch_size']} = {place.world} device(s) x {recipe['micro_batch']} images x {accumulate} micro-steps on "
+        f"{place.device.type}, {str(place.amp or torch.float32).removeprefix('torch.')}; {parameters:,} parameters"
+    )
+    print(
+        f"learning rate: {recipe['lr']} x {recipe['batch_size']} / {LR_BATCH} = {peak:.5g}, after a warm-up from {start:.3g} "
+        f"over {warmup:.0f} steps; / 10 at step {first}, / 100 at {second} of {total} ({recipe['epochs']} epochs of "
+        f"{steps_per_epoch})",
+        flush=True,
+    )
+
+
+def load_weights(detector, path, categories):
+    """Take from a checkpoint every tensor whose name and shape fit; the layers that name classes only if those agree."""
+    checkpoint = load_checkpoint(path)
+    own, given = detector.state_dict(), checkpoint["model"]
+    same_classes = [tuple(c) for c in checkpoint["categories"]] == categories
+    fits = {
+        name: value
+        for name, value in given.items()
+        if name in own and own[name].shape == value.shape and (same_classes or not name.startswith(detector.class_layers))
+    }
+    new = [name for name in own if name not in fits]
+    if not any(own[name].ndim > 1 for name in fits):
+        raise UserError(f"--weights {path}: no layer fits this model; the checkpoint is of arch {checkpoint['recipe']['arch']}")
+    detector.load_state_dict(fits, strict=False)
+    return f"weights: {len(fits)} of {len(own)} tensors from {path}; new: {new if len(new) < 9 else str(new[:8])[:-1] + ', ...]'}"
+
+
+def check_resume(checkpoint, recipe, categories, path, rank):
+    """Refuse to resume as another model; say which other fields of the recipe have changed."""
+    old = checkpoint["recipe"] | {"classes": [list(c) for c in checkpoint["categories"]]}
+    new = recipe | {"classes": [list(c) for c in categories]}
+    for name in ("arch", "size", "head", "classes"):
+        if old[name] != new[name]:
+            was = "" if name == "classes" else f" ({old[name]}, not {new[name]})"
+            raise UserError(f"--resume {path}: the checkpoint has another {name}{was}; use --weights to start from it")
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in recipe if old.get(name) != new[name]]
+    if changed and rank == 0:
+        print(f"resuming with a changed recipe: {', '.join(changed)}")
+
+
+class Log:
+    """log.jsonl, written by rank 0: {"step": n, ...} after the n-th step, {"eval_step": n, "AP": ...} after an evaluation.
+
+    A resumed run first drops the lines that it is going to write again.
+    """
+
+    def __init__(self, path, place, state):
+        self.file = None
+        if place.rank > 0:
+            return
+        kept = []
+        for line in path.read_text().splitlines() if state["step"] and path.exists() else []:
+            with contextlib.suppress(ValueError):  # a kill can cut the last line
+                row = json.loads(line)
+                if row.get("step", 0) <= state["step"] and row.get("eval_step", 0) <= state["evaluated"]:
+                    kept.append(line + "\n")
+        draft = path.with_suffix(".tmp")
+        draft.write_text("".join(kept))
+        os.replace(draft, path)
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, row):
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+
+
+class Stop:
+    """Truthy once SIGTERM or the first Ctrl-C has come; a second Ctrl-C ends the process at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self):
+        return self.asked
+
+
+class Timed:
+    """An iterator that adds up the seconds its user has waited for it."""
+
+    def __init__(self, iterable):
+        self.iterator, self.waited = iter(iterable), 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        item = next(self.iterator)
+        self.waited += time.perf_counter() - start
+        return item
+
+
+def refuse_divergence(losses, norm, step, lr, dataset, recipe, out, place):
+    """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
+    bad = [v for v in losses.values() if not math.isfinite(v)]
+    if not bad and (math.isfinite(norm) or place.amp is torch.float16):
+        return
+    samples = micro_batches(step, step + 1, recipe["batch_size"], recipe["batch_size"])
+    ids = [int(dataset.annotations.ids[dataset.image_of(n)[1]]) for batch in samples for n in batch]
+    terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
+    message = (
+        f"error: training diverged at step {step + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, image ids "
+        f"{ids}; try a lower --lr, or look at those images with data.py --show; {out}/last.pt is from before"
+    )
+    raise SystemExit(message if place.rank == 0 else 1)
+
+
+def fit(model, detector, optimizer, scaler, state, recipe, train, val, out, place, workers):
+    """The loop: from state["step"] to the last step, or until a signal asks to stop. Returns whether it came to the end.
+
+    `model` is `detector`, wrapped for several ranks. last.pt is written at every epoch, before and after every
+    evaluation, and at least every 15 minutes; best.pt whenever AP has risen.
+    """
+    batch_size, steps_per_epoch = recipe["batch_size"], math.ceil(len(train.ids) / recipe["batch_size"])
+    total, accumulate = recipe["epochs"] * steps_per_epoch, batch_size // recipe["devices"] // recipe["micro_batch"]
+    dataset = TrainSet(train, recipe["size"], recipe["jitter"], recipe["flip"], recipe["seed"])
+    samples = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
+    batches = Timed(make_loader(dataset, samples, workers, place.device.type == "cuda"))
+    log, stop, saved = Log(out / "log.jsonl", place, state), Stop(), time.monotonic()
+
+    def save_as(name):
+        if place.rank == 0:
+            parts = {"model": detector, "optimizer": optimizer, "scaler": scaler}
+            checkpoint = {key: part.state_dict() for key, part in parts.items()}
+            save(out / name, checkpoint | state | {"recipe": recipe, "categories": [list(c) for c in train.categories]})
+
+    def evaluate_now():
+        if place.world > 1:  # without SyncBN every rank has statistics of its own: rank 0's are the model's
+            for buffer in detector.buffers():
+                dist.broadcast(buffer, 0)
+        metrics = evaluate(detector, val, recipe["size"], place, recipe["micro_batch"], workers, out=out)
+        state["evaluated"] = state["step"]
+        log.write({"eval_step": state["step"], "epoch": state["step"] / steps_per_epoch} | metrics)
+        if place.rank == 0:
+            write_grid(detector, val, recipe["size"], place, out / "grid.png")
+        if metrics["AP"] > state["best"]:
+            state["best"] = metrics["AP"]
+            save_as("best.pt")
+        save_as("last.pt")
+
+    progress = tqdm(total=total, initial=state["step"], disable=place.rank > 0 or None, smoothing=0.05)
+    model.train()
+    asked = False
+    while not asked:
+        step = state["step"]
+        due = step == total or (step > 0 and step % (steps_per_epoch * recipe["eval_every"]) == 0)
+        if due and state["evaluated"] < step:
+            evaluate_now()
+        if step == total:
+            return True
+        before, waited = time.perf_counter(), batches.waited
+        lr = lr_at(step, recipe["epochs"], steps_per_epoch, batch_size, recipe["lr"])
+        noise_key = (recipe["seed"], step)
+        means, norm = train_step(model, batches, accumulate, optimizer, scaler, lr, recipe["clip"], place, noise_key)
+        losses, norm, asked = read_step(means, norm, stop, place)
+        refuse_divergence(losses, norm, step, lr, dataset, recipe, out, place)
+        state["step"] += 1
+        state["skipped"] += not math.isfinite(norm)
+        seconds = time.perf_counter() - before
+        row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, "lr": lr, "loss": sum(losses.values())}
+        row |= losses | {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]}
+        log.write(row | {"seconds": seconds, "waited": batches.waited - waited})
+        progress.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.3g}", refresh=False)
+        progress.update()
+        if progress.disable and place.rank == 0 and state["step"] % PRINT_EVERY == 0:
+            speed = batch_size / seconds
+            print(f"step {state['step']}/{total}: loss {row['loss']:.3f}, lr {lr:.3g}, {speed:.1f} images/s", flush=True)
+        if asked or state["step"] % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
+            save_as("last.pt")
+            saved = time.monotonic()
+    return False
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    recipe = resolve(args)
+    out = args.out or Path("runs") / f"{args.arch}_{args.size}_{args.protocol}_{args.head}"
+    resume = args.resume and (out / "last.pt" if args.resume == "last.pt" else Path(args.resume))
+    checkpoint = load_checkpoint(resume) if resume else None
+    if not resume and (out / "last.pt").exists():
+        raise UserError(f"{out} already holds a run: continue it with --resume, or give another --out")
+    if args.data != "shapes":
+        require_split(args.data, TRAIN)
+    place = start(args.device, args.amp)
+    recipe["micro_batch"], accumulate = split_batch(recipe, args.micro_batch, place)
+    recipe["devices"] = place.world
+    train, val = load_splits(args, recipe, place)
+
+    torch.manual_seed(recipe["seed"])
+    options = {name: recipe[name] for name in ("activation", "drop_path", "drop_rate")}
+    detector = build_model(recipe["arch"], recipe["head"], len(train.categories), **options)
+    state = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0}
+    if checkpoint:
+        check_resume(checkpoint, recipe, train.categories, resume, place.rank)
+        detector.load_state_dict(checkpoint["model"])
+        state = {name: checkpoint[name] for name in state}
+    note = load_weights(detector, args.weights, train.categories) if args.weights and not checkpoint else ""
+    place.move(detector)
+    if place.world > 1 and place.device.type == "cuda":
+        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+    if args.compile:
+        detector.compile()
+    optimizer = make_optimizer(detector)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.amp is torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    model = detector
+    if place.world > 1:
+        ids = [place.device] if place.device.type == "cuda" else None
+        model = DistributedDataParallel(detector, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} can't be made ({error}); give another folder") from None
+    if place.rank == 0:
+        steps = math.ceil(len(train.ids) / recipe["batch_size"])
+        parameters = sum(p.numel() for p in detector.parameters())
+        describe(recipe, train, val, accumulate, place, steps, parameters)
+        print(note or f"writing to {out}" + (f", resuming at step {state['step']}" if checkpoint else ""), flush=True)
+    workers = args.workers
+    if workers is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(os.cpu_count() // local, 8)
+    started = time.perf_counter()
+    finished = fit(model, detector, optimizer, scaler, state, recipe, train, val, out, place, workers)
+    if place.rank == 0:
+        minutes = (time.perf_counter() - started) / 60
+        how = f"best AP {state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
+        print(f"step {state['step']} after {minutes:.1f} minutes: {how}; {out}")
+    if place.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()
