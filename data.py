@@ -441,7 +441,7 @@ def draw_objects(image, boxes, labels, names, scores=None):
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
-    return draw_bounding_boxes(image, boxes, texts, colours, width=2)
+    return draw_bounding_boxes(image, boxes, texts, colours, width=2, label_background_colors=colours, label_colors="black")
 
 
 # The generated set. Ranges are uniform unless said otherwise; the README states them.

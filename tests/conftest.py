@@ -1,0 +1,52 @@
+"""Fixtures: the COCO sample, a small generated set, and the files of a run."""
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def coco_sample():
+    """The root of a small real COCO sample, which COCO_SAMPLE names; CI always has it."""
+    root = os.environ.get("COCO_SAMPLE")
+    if not root and not os.environ.get("CI"):
+        pytest.skip("set COCO_SAMPLE to a folder in COCO's layout")
+    assert root and Path(root, "annotations", "instances_train2017.json").exists(), f"COCO_SAMPLE={root}"
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """The root of a generated set: the first 60 and 24 images of the full one."""
+    root = tmp_path_factory.mktemp("shapes") / "shapes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(data.SHAPES, "images", {data.TRAIN: 60, data.VAL: 24})
+        data.write_shapes(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(shapes, tmp_path_factory):
+    """The folder of a short finished training run on the generated set."""
+    import train
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    train.main(["--arch", "tiny", "--size", "128", "--protocol", "toy", "--data", str(shapes), "--epochs", "1",
+                "--workers", "0", "--device", "cpu", "--out", str(out)])  # fmt: skip
+    return out
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    """train.main takes over SIGTERM and Ctrl-C; give them back to pytest."""
+    import signal
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,469 @@
+"""data.py: annotations, scale jitter, the sampler, the generated set, its command line."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+import data
+from data import (
+    MAX_OBJECTS, PAD_COLOUR, SHAPES, TRAIN, VAL, TrainSet, UserError, View, draw_view, full_view, load_annotations,
+    make_loader, micro_batches, read_image, write_shapes,
+)
+from model import PIXEL_MEAN, Normalize
+
+
+def index(root, split=TRAIN):
+    return COCO(root / "annotations" / f"instances_{split}.json")
+
+
+@pytest.mark.parametrize("which", ["coco_sample", "shapes"])
+def test_annotations_equal_pycocotools(which, request):
+    """Oracle: pycocotools. Ids, sizes, files, boxes, classes, crowds and areas of every image."""
+    root = request.getfixturevalue(which)
+    coco, a = index(root), load_annotations(root)
+    assert a.ids.tolist() == sorted(coco.imgs)
+    assert a.categories == [(k, coco.cats[k]["name"]) for k in sorted(coco.cats)]
+    for i, image_id in enumerate(a.ids.tolist()):
+        info, rows = coco.imgs[image_id], slice(a.first[i], a.first[i + 1])
+        assert (info["height"], info["width"]) == (a.heights[i], a.widths[i])
+        assert a.path(i) == str(root / TRAIN / info["file_name"])
+        theirs = coco.imgToAnns[image_id]
+        assert a.boxes[rows].tolist() == [o["bbox"] for o in theirs]
+        assert [a.categories[k][0] for k in a.labels[rows]] == [o["category_id"] for o in theirs]
+        assert a.crowd[rows].tolist() == [bool(o["iscrowd"]) for o in theirs]
+        assert a.area[rows].tolist() == [o["area"] for o in theirs]
+        assert len(a.objects(i)[0]) == sum(not o["iscrowd"] for o in theirs) == a.positives()[i]
+
+
+def test_crowds_and_empty_images_are_counted(coco_sample):
+    """Oracle: pycocotools. The start-up line counts objects, crowds and images without objects."""
+    coco, text = index(coco_sample), load_annotations(coco_sample).summary()
+    crowds = sum(o["iscrowd"] for o in coco.anns.values())
+    empty = sum(not any(not o["iscrowd"] for o in coco.imgToAnns[i]) for i in coco.imgs)
+    assert crowds and empty
+    assert f"50 images, {len(coco.anns) - crowds} objects of 80 classes, {crowds} crowds" in text
+    assert f"{empty} images without objects (negatives)" in text
+
+
+def test_annotations_are_packed(shapes):
+    """Oracle: the types. Whatever grows with the images or the objects is an array of numbers or bytes."""
+    a = load_annotations(shapes)
+    growing = [v for v in a if hasattr(v, "__len__") and len(v) >= len(a.ids) and not isinstance(v, str)]
+    assert len(growing) == 9 and all(isinstance(v, np.ndarray) and v.dtype.kind in "ifbS" for v in growing)
+
+
+def test_select(coco_sample):
+    """Oracle: the whole split. A selection has the same objects for its images, and nothing else."""
+    a = load_annotations(coco_sample)
+    chosen = [0, 3, 4, 31, 49]
+    part = a.select(chosen)
+    assert part.ids.tolist() == a.ids[chosen].tolist() and len(part.boxes) == part.first[-1] == len(part.crowd)
+    for k, i in enumerate(chosen):
+        assert all(np.array_equal(x, y) for x, y in zip(part.objects(k), a.objects(i)))
+        assert part.path(k) == a.path(i)
+
+
+def weights(outputs, scale, start, inputs):
+    """(outputs, inputs): the antialiased bilinear (triangle) filter at start + (k + 1/2) * scale, over all inputs."""
+    centre = start + (np.arange(outputs) + 0.5) * scale
+    reach = max(scale, 1.0)
+    w = np.clip(1 - np.abs(np.arange(inputs) + 0.5 - centre[:, None]) / reach, 0, None)
+    return w / w.sum(1, keepdims=True)
+
+
+def resize_all(image, view):
+    """The view's pixels by a filter over the whole image, nothing cut away: (h, w, 3) float."""
+    x = weights(view.width, (view.right - view.left) / view.width, view.left, image.shape[1])
+    y = weights(view.height, (view.bottom - view.top) / view.height, view.top, image.shape[0])
+    return np.einsum("yh,hwc,xw->yxc", y, image.astype(np.float64), x, optimize=True)
+
+
+def test_one_resize_equals_resize_then_crop(coco_sample):
+    """Oracle: the triangle filter over the whole image, itself checked against PIL's resize. Pixels within 3/255 but
+    for 3 px inside the window's cut edges; where nothing is cut, everywhere."""
+    a = load_annotations(coco_sample)
+    image = read_image(a.path(0), "")
+    full = full_view(image.height, image.width, 300)
+    pil = np.asarray(image.resize((full.width, full.height), Image.Resampling.BILINEAR), dtype=float)
+    assert np.abs(resize_all(np.asarray(image), full) - pil).max() <= 2
+
+    cut = 0
+    for i in range(25):
+        image = read_image(a.path(i), "")
+        rng = np.random.default_rng(i)
+        view = draw_view(rng, image.height, image.width, 256, (0.5, 2.0))._replace(flip=False)
+        ours = view.image(image, 256)[:, : view.height, : view.width].permute(1, 2, 0).numpy().astype(float)
+        error = np.abs(ours - resize_all(np.asarray(image), view)).max(axis=2)
+        edges = slice(3 * (view.top > 0), view.height - 3 * (view.bottom < image.height))
+        sides = slice(3 * (view.left > 0), view.width - 3 * (view.right < image.width))
+        assert error[edges, sides].max() <= 3, i
+        cut += view.left > 0 or view.top > 0
+    assert cut > 5
+
+
+def test_window_by_the_official_rule():
+    """Oracle: SPEC's rule by hand, from the same draws. Sizes exactly; boxes within half a source pixel, exactly where
+    nothing is cut."""
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        height, width, size = (int(v) for v in rng.integers(60, 700, 3))
+        box = np.sort(rng.uniform(0, 1, (2, 2)), axis=0) * [width, height]
+        view = draw_view(np.random.default_rng(seed), height, width, size, (0.5, 2.0))
+
+        again = np.random.default_rng(seed)
+        ratio = round(again.uniform(0.5, 2.0) * size) / max(height, width)
+        scaled = np.array([round(width * ratio), round(height * ratio)])
+        offset = np.array([again.integers(0, max(side - size, 0), endpoint=True) for side in scaled])
+        flip = again.random() < 0.5
+        limit = np.minimum(scaled, size)
+        expected = (box * (scaled / [width, height]) - offset).clip(0, limit)
+        if flip:
+            expected[:, 0] = limit[0] - expected[::-1, 0]
+        assert (view.width, view.height, view.flip) == (*limit, flip)
+        error = np.abs(view.boxes(box.reshape(1, 4)).reshape(2, 2) - expected) / (scaled / [width, height])
+        assert (error <= 0.5 + 1e-6).all()
+        assert (error[:, scaled <= size] < 1e-6).all()
+
+
+def test_boxes_follow_the_pixels():
+    """Oracle: a drawn rectangle's own pixels, found again after 200 random views, flips among them."""
+    seen = flips = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        height, width = (int(v) for v in rng.integers(100, 500, 2))
+        x1, y1 = rng.integers(0, width - 40), rng.integers(0, height - 40)
+        x2, y2 = rng.integers(x1 + 30, width + 1), rng.integers(y1 + 30, height + 1)
+        pixels = np.zeros((height, width, 3), dtype=np.uint8)
+        pixels[y1:y2, x1:x2] = 255
+        view = draw_view(rng, height, width, 256, (0.5, 2.0))
+        out = view.image(Image.fromarray(pixels), 256)[0, : view.height, : view.width].numpy() > 127
+        (box,) = view.boxes(np.array([[x1, y1, x2, y2]], dtype=float))
+        if (box[2:] - box[:2] < 3).any():
+            continue
+        rows, columns = np.flatnonzero(out.any(1)), np.flatnonzero(out.any(0))
+        found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+        assert np.abs(box - found).max() <= 1, (seed, box, found)
+        seen, flips = seen + 1, flips + view.flip
+    assert seen > 150 and 50 < flips < 150
+
+
+def test_a_sample(coco_sample):
+    """Oracle: DESIGN's contract. Types, shapes, padding, padding colour; the same twice, another in another epoch."""
+    a = load_annotations(coco_sample)
+    dataset = TrainSet(a, 256, (0.4, 0.6), seed=3)
+    for n in range(10):
+        sample = dataset[n]
+        boxes, labels, image = sample["boxes"], sample["labels"], sample["image"]
+        assert image.dtype == torch.uint8 and image.shape == (3, 256, 256)
+        assert boxes.shape == (MAX_OBJECTS, 4) and boxes.dtype == torch.float32 and labels.dtype == torch.int64
+        real = labels >= 0
+        assert real.sum() <= a.positives()[dataset.image_of(n)[1]]
+        assert not boxes[~real].any() and (labels[~real] == -1).all()
+        assert (boxes[real][:, 2:] > boxes[real][:, :2]).all() and boxes.min() >= 0 and boxes.max() <= 154
+        assert tuple(image[:, 255, 255].tolist()) == PAD_COLOUR
+        again = TrainSet(a, 256, (0.4, 0.6), seed=3)[n]
+        assert all(torch.equal(torch.as_tensor(sample[k]), torch.as_tensor(again[k])) for k in sample)
+    later = next(n for n in range(50, 100) if dataset.image_of(n)[1] == dataset.image_of(0)[1])
+    assert not torch.equal(dataset[later]["image"], dataset[0]["image"])
+
+
+def test_padding_normalizes_to_zero():
+    """Oracle: by hand. The padding's colour is the mean, rounded, so it is 0 within half a grey level."""
+    image = torch.tensor(PAD_COLOUR, dtype=torch.uint8).view(1, 3, 1, 1)
+    assert PAD_COLOUR == tuple(round(m) for m in PIXEL_MEAN)
+    assert Normalize()(image).abs().max() < 0.5 / 57
+
+
+def test_an_epoch_sees_every_image_once():
+    """Oracle: counting. Samples n of epoch n // N are a permutation of the images, another in the next epoch."""
+    a = load_annotations_stub(13)
+    dataset = TrainSet(a, 128, (1, 1))
+    orders = [[dataset.image_of(n)[1] for n in range(13 * e, 13 * e + 13)] for e in range(3)]
+    assert all(sorted(order) == list(range(13)) for order in orders) and orders[0] != orders[1] != orders[2]
+
+
+def load_annotations_stub(count):
+    class Stub:
+        ids = np.arange(count)
+
+    return Stub()
+
+
+@pytest.mark.parametrize("world, micro", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (4, 1)])
+def test_global_batches_do_not_depend_on_the_hardware(world, micro):
+    """Oracle: SPEC's formula. Step k holds samples 8k..8k+7, and micro-step t a contiguous part of them."""
+    per_rank = [list(micro_batches(3, 6, 8, micro, rank, world)) for rank in range(world)]
+    micro_steps = [sum(parts, []) for parts in zip(*per_rank)]
+    assert sum(micro_steps, []) == list(range(24, 48))
+    assert all(len(part) == world * micro for part in micro_steps)
+
+
+def test_workers_do_not_matter(shapes):
+    """Oracle: the samples in this process. 0 or 2 workers give the same batches in the same order."""
+    dataset = TrainSet(load_annotations(shapes), 128, (0.5, 2.0), seed=1)
+    runs = [list(make_loader(dataset, micro_batches(2, 5, 4, 2), workers)) for workers in (0, 2)]
+    assert len(runs[0]) == len(runs[1]) == 6
+    for first, second in zip(*runs):
+        assert first["sample"].tolist() == second["sample"].tolist()
+        assert all(torch.equal(first[k], second[k]) for k in first)
+        assert torch.equal(first["image"], torch.stack([dataset[n]["image"] for n in first["sample"].tolist()]))
+
+
+def test_more_than_100_objects(tmp_path):
+    """Oracle: counting. 100 of 130 objects are kept, drawn anew in each epoch, and the image is counted."""
+    boxes = [[x, y, 9, 9] for y in range(0, 100, 10) for x in range(0, 130, 10)]
+    a = load_annotations(write_coco(tmp_path, [boxes], size=(130, 100)))
+    assert "1 with more than 100" in a.summary()
+    dataset = TrainSet(a, 128, (1, 1), flip=False)
+    first, second = dataset[0], dataset[1]
+    assert (first["labels"] >= 0).all() and not torch.equal(first["boxes"], second["boxes"])
+    assert len(first["boxes"].unique(dim=0)) == 100
+
+
+def write_coco(root, boxes, size=(64, 48), change=None, split=TRAIN, names=("thing",)):
+    """A COCO folder with one image per list of boxes; `change` edits the json's content before it is written."""
+    (root / split).mkdir(parents=True, exist_ok=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    images, objects = [], []
+    for i, rows in enumerate(boxes):
+        Image.new("RGB", size, (90, 20 * i % 255, 40)).save(root / split / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
+        for k, box in enumerate(rows):
+            category = k % len(names) + 1
+            objects.append({"id": len(objects), "image_id": i, "category_id": category, "bbox": box})
+    categories = [{"id": k + 1, "name": name} for k, name in enumerate(names)]
+    content = {"images": images, "annotations": objects, "categories": categories}
+    content = change(content) or content if change else content
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def edited(row, **fields):
+    """A change that sets fields of the first row of one of the json's lists; a field of None goes."""
+
+    def change(content):
+        content[row][0].update(fields)
+        for name in [k for k, v in fields.items() if v is None]:
+            del content[row][0][name]
+
+    return change
+
+
+FORMAT_ERRORS = {  # what is wrong with the json: (how, what the sentence says)
+    "a list": (lambda c: [c], "not a COCO annotation file"),
+    "no images key": (lambda c: {"annotations": [], "categories": []}, "'images'"),
+    "images a dict": (lambda c: c | {"images": {"a": 1}}, "'images' is not a list"),
+    "no images": (lambda c: c | {"images": [], "annotations": []}, "has no images"),
+    "no categories": (lambda c: c | {"categories": [], "annotations": []}, "has no categories"),
+    "image twice": (lambda c: c | {"images": c["images"] * 2}, "image id 0 twice"),
+    "category twice": (lambda c: c | {"categories": c["categories"] * 2}, "category id 1 twice"),
+    "annotation twice": (lambda c: c | {"annotations": c["annotations"] * 2}, "annotation id 0 twice"),
+    "unknown image": (edited("annotations", image_id=77), "annotation id 0 has image_id 77"),
+    "unknown category": (edited("annotations", category_id=9), "annotation id 0 has category_id 9"),
+    "no width": (edited("images", width=None), "image id 0 has width None"),
+    "zero height": (edited("images", height=0), "image id 0 has no positive height"),
+    "no such file": (edited("images", file_name="gone.png"), "no file 'gone.png'.*image id 0"),
+    "most boxes broken": (edited("annotations", bbox=[1, 2, -3, 4]), "annotation ids .0.*x, y, width, height"),
+}
+
+
+@pytest.mark.parametrize("case", FORMAT_ERRORS)
+def test_a_broken_structure_is_named(case, tmp_path):
+    """Oracle: by hand. Each fault of the json's structure gives one sentence that names the file and the id."""
+    change, message = FORMAT_ERRORS[case]
+    root = write_coco(tmp_path, [[[1, 2, 30, 20]], []], change=change)
+    with pytest.raises(UserError, match=message) as error:
+        load_annotations(root)
+    assert "instances_train2017.json" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"images": [], "annotations": [', "\x00\x01"])
+def test_a_file_that_is_not_coco(text, tmp_path):
+    """Oracle: by hand. Empty, truncated or foreign json is named as such."""
+    root = write_coco(tmp_path, [[[1, 2, 30, 20]]])
+    (root / "annotations" / "instances_train2017.json").write_text(text)
+    with pytest.raises(UserError, match="instances_train2017.json is not a COCO annotation file"):
+        load_annotations(root)
+
+
+BROKEN_OBJECTS = {
+    "NaN": {"bbox": [float("nan"), 2, 3, 4]}, "negative side": {"bbox": [1, 2, -3, 4]}, "no side": {"bbox": [1, 2, 0, 4]},
+    "outside": {"bbox": [70, 2, 3, 4]}, "mostly outside": {"bbox": [60, 40, 60, 40]}, "three numbers": {"bbox": [1, 2, 3]},
+    "text": {"bbox": ["1", "2", "3", "4"]}, "none": {"bbox": None}, "huge": {"bbox": [0, 0, 1e300, 1e300]},
+    "2 points": {"segmentation": [[1, 2, 3, 4]]}, "odd": {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]},
+    "NaN point": {"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "text mask": {"segmentation": ["polygon"]},
+    "RLE of another size": {"segmentation": {"size": [4, 4], "counts": [16]}}, "no counts": {"segmentation": {"size": [48, 64]}},
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_OBJECTS)
+def test_a_broken_object_is_dropped_and_counted(case, tmp_path):
+    """Oracle: by hand. One bad object in 101 is dropped, counted and named; the others stay."""
+    boxes = [[[1, 2, 30, 20]] * 100, [[1, 2, 30, 20]]]
+    root = write_coco(tmp_path, boxes, change=lambda c: c["annotations"][50].update(BROKEN_OBJECTS[case]))
+    a = load_annotations(root)
+    assert a.broken == (50,) and a.positives().tolist() == [99, 1]
+    assert "1 broken objects dropped (annotation ids [50])" in a.summary()
+
+
+def test_what_is_merely_unusual_is_kept(tmp_path):
+    """Oracle: by hand. Ids of 0, no area, no iscrowd, no segmentation or an empty one, a box a little outside, no objects."""
+    root = write_coco(tmp_path, [[[-0.5, -1, 30, 20], [50, 30, 16, 20]], []], names=("a", "b"))
+    a = load_annotations(root)
+    assert a.area.tolist() == [600, 320] and not a.crowd.any() and a.labels.tolist() == [0, 1]
+    assert a.objects(0)[0].tolist() == [[0, 0, 29.5, 19], [50, 30, 64, 48]]
+    sample = TrainSet(a, 128, (1, 1), flip=False)
+    assert sorted((sample[n]["labels"] >= 0).sum().item() for n in (0, 1)) == [0, 2]
+    none = load_annotations(write_coco(tmp_path / "none", [[], []]))
+    assert "0 objects" in none.summary() and none.boxes.shape == (0, 4)
+
+
+def test_300_classes(tmp_path):
+    """Oracle: by hand. Labels are contiguous in the order of the original ids."""
+    root = write_coco(tmp_path, [[[1, 2, 30, 20]] * 300], names=[f"c{k}" for k in range(300)])
+    assert load_annotations(root).labels.tolist() == list(range(300))
+
+
+def test_missing_paths_are_all_named(tmp_path):
+    """Oracle: by hand. The sentence lists every missing path, how to get COCO, and the command that needs none."""
+    with pytest.raises(UserError) as error:
+        load_annotations(tmp_path / "coco")
+    for part in ("coco/train2017", "instances_train2017.json", "train2017.zip", "--data shapes"):
+        assert part in str(error.value)
+
+
+def png(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    """Oracle: PIL's own pixel values. Grey, palette, alpha, CMYK, 16 bits; EXIF's rotation is ignored."""
+    grey = Image.fromarray(np.full((6, 9), 100, np.uint8))
+    wide = Image.fromarray(np.full((6, 9), 100 * 256 + 7, np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter
+    files = {
+        "grey": png(tmp_path / "g.png", grey), "palette": png(tmp_path / "p.png", grey.convert("RGB").quantize(4)),
+        "alpha": png(tmp_path / "a.png", grey.convert("RGBA")), "cmyk": png(tmp_path / "c.jpg", grey.convert("CMYK")),
+        "16 bits": png(tmp_path / "w.png", wide), "grey jpeg": png(tmp_path / "g.jpg", grey),
+        "exif": png(tmp_path / "e.jpg", grey.convert("RGB"), exif=exif), "1-bit": png(tmp_path / "b.png", grey.convert("1")),
+    }
+    for name, path in files.items():
+        image = read_image(path, "")
+        assert image.mode == "RGB" and image.size == (9, 6), name
+        if name != "1-bit":
+            assert np.abs(np.asarray(image).astype(int) - 100).max() <= 2, name
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 truncated"])
+def test_a_bad_image_is_named(content, tmp_path):
+    """Oracle: by hand. The sentence names file and image id; --check finds it; a worker's error arrives as a sentence."""
+    root = write_coco(tmp_path, [[[1, 2, 30, 20]]] * 3)
+    (root / TRAIN / "1.png").write_bytes(content)
+    a = load_annotations(root)
+    dataset = TrainSet(a, 128, (1, 1))
+    bad = next(n for n in range(3) if dataset.image_of(n)[1] == 1)
+    with pytest.raises(UserError, match=r"cannot decode .*1\.png \(image id 1\)"):
+        dataset[bad]
+    assert len(data.check(a)) == 1
+    with pytest.raises(UserError) as error:
+        list(make_loader(dataset, [[bad]], 1))
+    assert "image id 1" in str(error.value).rpartition("UserError: ")[2]
+
+
+def test_a_truncated_photo_is_named(coco_sample, tmp_path):
+    """Oracle: by hand. Half of a real JPEG is an error, not a half-grey image."""
+    a = load_annotations(coco_sample)
+    half = tmp_path / "half.jpg"
+    content = open(a.path(0), "rb").read()
+    half.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="cannot decode .*half.jpg"):
+        read_image(half, "image id 1")
+
+
+def test_an_image_of_another_size_is_named(tmp_path):
+    """Oracle: by hand. A size that is not the json's names both, and the file."""
+    root = write_coco(tmp_path, [[[1, 2, 30, 20]]])
+    Image.new("RGB", (48, 64)).save(root / TRAIN / "0.png")
+    with pytest.raises(UserError, match=r"0\.png \(image id 0\) is 48x64 pixels, but the json says 64x48"):
+        TrainSet(load_annotations(root), 128, (1, 1))[0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (10000, 50), (50, 10000), (3, 700)])
+def test_extreme_shapes(size, tmp_path):
+    """Oracle: by hand. Images of any shape give whole samples and boxes inside them."""
+    root = write_coco(tmp_path, [[[0, 0, size[0], size[1]]]], size=size)
+    dataset = TrainSet(load_annotations(root), 128, (0.1, 2.0))
+    for n in range(20):
+        sample = dataset[n]
+        assert sample["image"].shape == (3, 128, 128)
+        assert sample["boxes"].max() <= 128 and sample["boxes"].isfinite().all()
+
+
+def test_shapes_is_what_its_table_says(shapes):
+    """Oracle: pycocotools' own decoding, against the ranges of SHAPES and of the README."""
+    for split, count in ((TRAIN, 60), (VAL, 24)):
+        coco = index(shapes, split)
+        assert len(coco.imgs) == count and sorted(coco.cats) == list(SHAPES["classes"]) == [1, 2, 4, 5, 9, 12]
+        overlapping = 0
+        kinds = set()
+        for image_id, info in coco.imgs.items():
+            sides = info["width"], info["height"]
+            objects = [o for o in coco.imgToAnns[image_id] if not o["iscrowd"]]
+            assert 160 <= min(sides) and max(sides) <= 256 and 1 <= len(objects) <= 6
+            assert Image.open(shapes / split / info["file_name"]).size == sides
+            for o in coco.imgToAnns[image_id]:
+                mask = coco.annToMask(o)
+                kinds.add((type(o["segmentation"]), o["iscrowd"]))
+                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+                tight = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+                if isinstance(o["segmentation"], list):  # rasterizing may lose a thin tip
+                    points = np.reshape(o["segmentation"], (-1, 2))
+                    tight = [*points.min(0), *points.max(0)]
+                x, y, w, h = o["bbox"]
+                assert mask.sum() == o["area"] > 0
+                assert [x, y, x + w, y + h] == pytest.approx(tight, abs=0.02)
+                longer = max(w, h) / min(sides)
+                assert longer <= 0.86 and (longer >= 0.19 or isinstance(o["segmentation"], dict))
+            boxes = np.array([o["bbox"] for o in objects])
+            low, high = boxes[:, None, :2], (boxes[:, :2] + boxes[:, 2:])[:, None]
+            both = (np.minimum(high, high.swapaxes(0, 1)) > np.maximum(low, low.swapaxes(0, 1))).all(-1)
+            overlapping += both.sum() > len(boxes)
+        assert overlapping >= 0.15 * count
+        assert kinds == {(list, 0), (dict, 0), (dict, 1)}
+        assert len({(i["width"] / i["height"] > 1) for i in coco.imgs.values()}) == 2
+
+
+def test_shapes_is_deterministic(shapes, tmp_path, monkeypatch):
+    """Oracle: a second writing. Every file is the same to the byte; a third call writes nothing."""
+    monkeypatch.setitem(SHAPES, "images", {TRAIN: 60, VAL: 24})
+    write_shapes(tmp_path / "again")
+    files = sorted(p.relative_to(shapes) for p in shapes.rglob("*") if p.is_file())
+    assert len(files) == 60 + 24 + 2
+    assert all((shapes / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
+    marker = tmp_path / "again" / TRAIN / "marker"
+    marker.touch()
+    write_shapes(tmp_path / "again")
+    assert marker.exists()
+
+
+def test_command_line(shapes, tmp_path, capsys):
+    """Oracle: by hand. --show writes pictures, --bench prints a rate, --check finds a bad file and exits with 2."""
+    data.main(["--data", str(shapes), "--show", "3", "--size", "256", "--out", str(tmp_path / "show")])
+    assert sorted(p.name for p in (tmp_path / "show").iterdir()) == ["000.png", "001.png", "002.png"]
+    picture = np.asarray(Image.open(tmp_path / "show" / "000.png"))
+    assert picture.shape == (256, 256, 3) and picture.std() > 10
+    data.bench(TrainSet(load_annotations(shapes), 128, (1, 1)), seconds=0.2)
+    assert "images/s on one core" in capsys.readouterr().out
+    shutil.copytree(shapes, tmp_path / "bad")
+    victim = next((tmp_path / "bad" / TRAIN).iterdir())
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--data", str(tmp_path / "bad"), "--check"])
+    assert stop.value.code == 2
+    assert victim.name in (out := capsys.readouterr().out) and "1 of 60 images are bad" in out

@@ -1,0 +1,209 @@
+"""evaluate.py: COCO's metrics, several processes, results, pictures, prediction on any image."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+
+import evaluate as evaluation
+from data import TRAIN, VAL, UserError, full_view, load_annotations
+from evaluate import METRICS, Place, coco_metrics, evaluate, load_checkpoint, load_model, main, to_original, write_grid
+
+CPU = Place(torch.device("cpu"))
+SIZE = 256
+
+
+class Oracle(nn.Module):
+    """Answers with the ground truth of the images it is shown, known from their order, its boxes moved by `noise`."""
+
+    def __init__(self, annotations, order, noise=0.0):
+        super().__init__()
+        self.annotations, self.order, self.noise = annotations, iter(order), noise
+
+    def forward(self, images, sizes):
+        return [self.answer(next(self.order)) for _ in images]
+
+    def answer(self, i):
+        boxes, labels = self.annotations.objects(i)
+        boxes = full_view(self.annotations.heights[i], self.annotations.widths[i], SIZE).boxes(boxes)
+        rng = np.random.default_rng(i)
+        boxes = torch.from_numpy(boxes + rng.normal(0, self.noise, boxes.shape)).float()
+        scores = torch.from_numpy(rng.uniform(0.5, 1, len(labels))).float()
+        return {"boxes": boxes, "scores": scores, "labels": torch.from_numpy(labels)}
+
+
+@pytest.mark.parametrize("which, split", [("coco_sample", TRAIN), ("shapes", VAL)])
+def test_ground_truth_scores_one(which, split, request, tmp_path, capsys):
+    """Oracle: pycocotools' definition. The ground truth fed back as detections has AP 1.000, crowds or not."""
+    a = load_annotations(request.getfixturevalue(which), split)
+    metrics = evaluate(Oracle(a, range(len(a.ids))), a, SIZE, CPU, micro_batch=4, out=tmp_path)
+    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == pytest.approx(1.0, abs=1e-9)
+    out = capsys.readouterr().out
+    assert f"evaluated {len(a.ids)}/{len(a.ids)} images" in out
+    lines = [line for line in out.splitlines() if line.startswith(" Average")]
+    assert len(lines) == 12 == len(METRICS)
+    assert lines[0] == " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 1.000"
+    assert re.fullmatch(r" Average Recall     \(AR\) @\[ IoU=0.50:0.95 \| area= large \| maxDets=100 \] = -?\d\.\d{3}", lines[11])
+
+
+def test_results_json_is_coco_format(coco_sample, tmp_path):
+    """Oracle: pycocotools on the json itself. results.json loads there and has the same twelve numbers."""
+    a = load_annotations(coco_sample)
+    metrics = evaluate(Oracle(a, range(len(a.ids)), noise=4.0), a, SIZE, CPU, micro_batch=4, out=tmp_path)
+    coco = COCO(coco_sample / "annotations" / f"instances_{TRAIN}.json")
+    judge = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
+    judge.evaluate(), judge.accumulate(), judge.summarize()
+    assert list(metrics.values()) == pytest.approx(judge.stats.tolist(), abs=1e-12)
+    assert 0.2 < metrics["AP"] < 0.95
+
+
+def test_no_detections(shapes, tmp_path, capsys):
+    """Oracle: by hand. Nothing found is AP 0.0 with a warning, not a crash or -1."""
+    a = load_annotations(shapes, VAL)
+    metrics = coco_metrics(a, [])
+    assert metrics["AP"] == metrics["AR100"] == 0.0
+    assert "warning" in capsys.readouterr().out
+
+
+def test_per_class(shapes, capsys):
+    """Oracle: by hand. Perfect detections of one class only: its AP is 1, the others' 0, the mean 1 / K."""
+    a = load_annotations(shapes, VAL)
+    truth = [o for o in evaluation.ground_truth(a) if not o["iscrowd"] and o["category_id"] == 4]
+    results = [{k: o[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for o in truth]
+    metrics = coco_metrics(a, results, per_class=True)
+    lines = dict(re.findall(r"^ (\w+) +AP = (\S+)$", capsys.readouterr().out, re.M))
+    assert lines == {name: "1.000" if name == "triangle" else "0.000" for _, name in a.categories}
+    assert metrics["AP"] == pytest.approx(1 / 6)
+
+
+def evaluate_in_a_process(rank, world, root, folder):
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    a = load_annotations(root, VAL)
+    a = a.select(range(7))
+    place = CPU._replace(rank=rank, world=world)
+    metrics = evaluate(Oracle(a, range(rank, 7, world), noise=3.0), a, SIZE, place, micro_batch=2, out=folder)
+    Path(folder, f"{world}_{rank}.json").write_text(json.dumps(metrics))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def test_any_number_of_processes_gives_the_same(shapes, tmp_path):
+    """Oracle: one process. AP on 7 images is equal, on every rank, for 1, 2 and 3 processes, and so is results.json."""
+    results, metrics = [], []
+    for world in (1, 2, 3):
+        mp.spawn(evaluate_in_a_process, args=(world, shapes, tmp_path), nprocs=world)
+        results.append((tmp_path / "results.json").read_text())
+        metrics += [json.loads((tmp_path / f"{world}_{rank}.json").read_text()) for rank in range(world)]
+    assert len(metrics) == 6 and all(m == metrics[0] for m in metrics) and 0.1 < metrics[0]["AP"] < 1
+    assert results[0] == results[1] == results[2]
+
+
+def test_boxes_map_back_per_axis():
+    """Oracle: by hand. 100 x 61 pixels become 128 x 78: the axes' factors differ by rounding."""
+    found = {"boxes": torch.tensor([[0.0, 0, 128, 78]]), "scores": torch.ones(1), "labels": torch.zeros(1)}
+    boxes, _, _ = to_original(found, 100, 61, 128)
+    assert boxes.tolist() == [[0, 0, 100, 61]]
+
+
+@pytest.fixture(scope="module")
+def lively(run, tmp_path_factory):
+    """A checkpoint that detects something everywhere: the run's, its class biases drawn anew."""
+    checkpoint = load_checkpoint(run / "last.pt")
+    torch.manual_seed(0)
+    checkpoint["model"]["head.classes.predict.bias"] = torch.randn(9 * 6) - 2
+    path = tmp_path_factory.mktemp("lively") / "last.pt"
+    torch.save(checkpoint, path)
+    return path
+
+
+def test_command_line(lively, shapes, tmp_path, capsys):
+    """Oracle: `evaluate` called from here with another micro-batch: the twelve lines agree, and the json is complete."""
+    flags = ["--data", str(shapes), "--out", str(tmp_path), "--per-class", "--micro-batch", "16", "--device", "cpu"]
+    main(["--weights", str(lively), *flags])
+    out = capsys.readouterr().out
+    assert "evaluated 24/24 images" in out and re.search("^ disc +AP", out, re.M)
+    model = load_model(load_checkpoint(lively), CPU)
+    evaluate(model, load_annotations(shapes, VAL), 128, CPU, micro_batch=3)
+    again = capsys.readouterr().out
+    assert [x for x in out.splitlines() if "Average" in x] == [x for x in again.splitlines() if "Average" in x]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len({row["image_id"] for row in results}) == 24 and {row["category_id"] for row in results} <= {1, 2, 4, 5, 9, 12}
+
+
+def test_prediction_on_photos(lively, coco_sample, tmp_path, capsys):
+    """Oracle: by hand. Every image of a folder gets a picture of its own size; EXIF's rotation is honoured; the json names files."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photo = Image.open(next((coco_sample / TRAIN).iterdir()))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(folder / "turned.jpg", exif=exif)
+    photo.convert("L").save(folder / "grey.png")
+    (folder / "notes.txt").write_text("not an image")
+    flags = ["--weights", str(lively), "--device", "cpu", "--out", str(tmp_path / "seen")]
+    main([*flags, "--images", str(folder), "--score", "0.1"])
+    assert "on 2 images" in capsys.readouterr().out
+    assert Image.open(tmp_path / "seen" / "turned.jpg.png").size == photo.size[::-1]
+    assert Image.open(tmp_path / "seen" / "grey.png.png").size == photo.size
+    rows = json.loads((tmp_path / "seen" / "predictions.json").read_text())
+    assert {row["file"] for row in rows} == {"turned.jpg", "grey.png"}
+    assert all(row["score"] >= 0.1 and min(row["bbox"]) >= 0 for row in rows)
+    for bad in (tmp_path / "none", tmp_path / "seen" / "none.jpg"):
+        with pytest.raises(UserError, match="no image there"):
+            main([*flags, "--images", str(bad)])
+
+
+def test_predictions_equal_the_evaluation(lively, shapes):
+    """Oracle: detect_all. One image alone is seen as it is in a batch."""
+    a = load_annotations(shapes, VAL)
+    model = load_model(load_checkpoint(lively), CPU)
+    boxes, scores, labels = evaluation.detect_all(model, a, 128, CPU, 8, 0)[5]
+    again = evaluation.see(model, evaluation.read_checked(a, 5), 128, CPU)
+    assert np.allclose(again[0], boxes, atol=1e-2) and np.allclose(again[1], scores, atol=1e-4) and len(scores)
+
+
+def test_picture_grid(shapes, tmp_path):
+    """Oracle: by hand. Ground truth beside detections: 8 pairs in 4 columns; an oracle's two halves look alike."""
+    a = load_annotations(shapes, VAL)
+    chosen = np.linspace(0, len(a.ids) - 1, 8).astype(int)
+
+    class Same(Oracle):
+        def forward(self, images, sizes):
+            (answer,) = super().forward(images, sizes)
+            return [answer | {"scores": torch.ones(len(answer["labels"]))}]
+
+    evaluation_size, globals()["SIZE"] = SIZE, 128
+    try:
+        write_grid(Same(a, chosen), a, 128, CPU, tmp_path / "grid.png")
+    finally:
+        globals()["SIZE"] = evaluation_size
+    grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+    assert grid.shape == (4 * 324 + 4, 4 * 324 + 4, 3)
+    pairs = grid[4:, 4:].reshape(4, 324, 4, 324, 3)[:, :320, :, :320].transpose(0, 2, 1, 3, 4).reshape(8, 2, 320, 320, 3)
+    assert all((np.abs(left - right).max(-1) > 0).mean() < 0.08 for left, right in pairs)
+
+
+def test_other_classes_are_refused(run, coco_sample):
+    """Oracle: by hand. A model whose classes don't cover the data set's is refused, naming some of them."""
+    with pytest.raises(UserError, match="trained on other classes.*person"):
+        main(["--weights", str(run / "last.pt"), "--data", str(coco_sample), "--split", TRAIN, "--device", "cpu"])
+
+
+def test_a_missing_split_that_was_asked_for(run, coco_sample):
+    """Oracle: by hand. A bad request is one sentence and exit code 2, without a traceback."""
+    script = Path(evaluation.__file__)
+    command = [sys.executable, script, "--weights", run / "last.pt", "--data", coco_sample]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "val2017" in done.stderr and "Traceback" not in done.stderr

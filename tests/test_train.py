@@ -1,0 +1,389 @@
+"""train.py: the learning rate, the recipe, exact resume, several processes, and what happens when things go wrong."""
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from data import TrainSet, UserError, load_annotations, make_loader, micro_batches
+from evaluate import Place, check_capability, load_checkpoint
+from model import ARCHS, build_model
+from train import PROTOCOLS, lr_at, main, make_optimizer, parse_args, read_step, resolve, save, split_batch, train_step
+
+ROOT = Path(train.__file__).parent
+CPU = Place(torch.device("cpu"))
+TINY = ["--arch", "tiny", "--size", "128", "--protocol", "toy", "--device", "cpu"]
+
+
+def test_learning_rate_of_the_official_schedule():
+    """Oracle: the authors' step counts, 463 per epoch at 256: warm-up of 2000 steps, drops at 320/340 and 470/490."""
+    for epochs, first, second in ((350, 320, 340), (500, 470, 490), (250, 220, 240)):
+        rate = {k: lr_at(k, epochs=epochs, steps_per_epoch=463) for k in range(0, 2001, 500)}
+        assert list(rate.values()) == pytest.approx([0.0067, 0.075025, 0.14335, 0.211675, 0.28])
+        for drop, before, after in ((first, 0.28, 0.028), (second, 0.028, 0.0028)):
+            assert lr_at(drop * 463 - 1, epochs, 463) == pytest.approx(before)
+            assert lr_at(drop * 463, epochs, 463) == pytest.approx(after)
+        assert lr_at(epochs * 463 - 1, epochs, 463) == pytest.approx(0.0028)
+
+
+def test_learning_rate_of_other_batches_and_short_runs():
+    """Oracle: SPEC by hand. Linear scaling with the batch; under 60 epochs the drops are shares of the run."""
+    assert lr_at(0, 350, 1849, batch_size=64) == pytest.approx(0.0067 / 4)
+    assert lr_at(4000, 350, 1849, batch_size=64) == pytest.approx((0.0067 + 0.28) / 2 / 4)
+    assert lr_at(8000, 350, 1849, batch_size=64) == pytest.approx(0.07)
+    assert lr_at(100000, 350, 529, batch_size=224, lr=0.28) == pytest.approx(0.245)
+    short = [lr_at(k, 36, 10, batch_size=256, lr=0.8) for k in range(360)]
+    assert short[18] == pytest.approx((0.0067 + 0.8) / 2) and short[36] == pytest.approx(0.8)
+    assert short[329] == pytest.approx(0.8) and short[330] == pytest.approx(0.08)
+    assert short[349] == pytest.approx(0.08) and short[350] == pytest.approx(0.008)
+
+
+def recipe_of(*flags):
+    return resolve(parse_args([str(flag) for flag in flags]))
+
+
+def test_protocols():
+    """Oracle: the paper's protocols and the authors' yaml files."""
+    a, b, c = (PROTOCOLS[name] for name in "ABC")
+    assert [p.jitter for p in (a, b, c)] == [(0.8, 1.2), (0.5, 2.0), (0.5, 2.0)]
+    assert [p.epochs for p in (a, b, c)] == [250, 350, 500]
+    assert [(p.activation, p.drop_path, p.drop_rate) for p in (a, b, c)] == [("relu", 0, 0.1), ("relu", 0, 0), ("swish", 0.2, 0)]
+    assert {(p.batch_size, p.lr, p.clip, p.flip) for p in (a, b, c)} == {(256, 0.28, 10.0, True)}
+
+
+def test_recipe_rows_exceptions_and_flags():
+    """Oracle: by hand. A row, its exception for an arch, --overfit, and flags, in this order."""
+    default = recipe_of()
+    assert (default["arch"], default["size"], default["head"], default["epochs"]) == ("49", 640, "retinanet", 350)
+    exception = recipe_of("--arch", 190, "--protocol", "C")
+    assert (exception["epochs"], exception["lr"], exception["jitter"]) == (400, 0.3, [0.1, 1.9])
+    assert recipe_of("--arch", 143, "--protocol", "C")["drop_path"] == 0.16
+    assert recipe_of("--arch", 143, "--jitter", 0.1, 1.9)["jitter"] == [0.1, 1.9]
+    overfit = recipe_of("--overfit", 8, "--epochs", 7)
+    assert (overfit["jitter"], overfit["flip"], overfit["batch_size"], overfit["epochs"]) == ([1, 1], False, 8, 7)
+
+
+def test_weight_decay_groups():
+    """Oracle: by hand. Decay 4e-5 on convolution weights only, never on a bias or batch norm."""
+    model = build_model("tiny", num_classes=3)
+    decayed, others = make_optimizer(model).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 4e-5 and others["weight_decay"] == 0 and decayed["momentum"] == 0.9
+    assert all("conv" in names[id(p)] or "predict" in names[id(p)] for p in decayed["params"])
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert sum("conv" in n and n.endswith("weight") for n in names.values()) + 2 == len(decayed["params"])
+
+
+def test_batch_is_split_the_same_everywhere():
+    """Oracle: arithmetic. Global batch = devices x micro-batch x accumulation, whatever is given."""
+    for world, micro, expected in ((8, None, (16, 2)), (1, None, (16, 16)), (8, 4, (4, 8)), (2, 128, (128, 1))):
+        assert split_batch(recipe_of(), micro, CPU._replace(world=world)) == expected
+    assert split_batch(recipe_of("--batch-size", 224), 28, CPU._replace(world=8)) == (28, 1)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--size", "600"], "--size 600 is not a multiple of 128"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--epochs", "-1"], "--epochs is -1"),
+        (["--jitter", "2", "0.5"], "LOW <= HIGH"),
+        (["--overfit", "0"], "--overfit is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--batch-size", "16", "--micro-batch", "5"], "--micro-batch 5 must divide 16"),
+        (["--size", "128", "--micro-batch", "1"], "single value per channel"),
+        (["--data", "nowhere"], "nowhere/train2017 and nowhere/annotations.* not found"),
+        (["--resume", "gone.pt"], "no checkpoint at gone.pt"),
+        (["--weights", "gone.pt"], "no checkpoint at gone.pt"),
+        (["--amp", "fp16"], "--amp fp16 needs a CUDA device"),
+        (["--limit", "0"], "--limit is 0"),
+    ],
+)
+def test_bad_arguments(flags, message, shapes, tmp_path):
+    """Oracle: by hand. Each mistake is one sentence that says what and where, before anything is written."""
+    with pytest.raises(UserError, match=message):
+        main([*TINY, "--data", str(shapes), "--out", str(tmp_path / "out"), *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_asked_for_and_absent(monkeypatch, shapes, tmp_path):
+    """Oracle: by hand. The sentence says what torch finds."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="--device cuda: torch .* finds 0 CUDA devices"):
+        main([*TINY[:-1], "cuda", "--data", str(shapes), "--out", str(tmp_path / "out")])
+
+
+def test_gpu_capability_against_the_build():
+    """Oracle: PyPI's arch lists. A V100 runs torch 2.10's kernels, not 2.11's; newer GPUs run older binaries or PTX."""
+    old = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+    for capability in ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
+        check_capability(capability, old)
+    check_capability((13, 0), old + ["compute_120"])
+    with pytest.raises(UserError, match=r"capability 7\.0.*torch==2\.10\.0 torchvision==0\.25\.0"):
+        check_capability((7, 0), old[1:])
+    with pytest.raises(UserError):
+        check_capability((13, 0), old)
+
+
+def python(*arguments, code=0, **options):
+    """Run a script in a process of its own, and return what it printed."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_missing_coco(tmp_path):
+    """Oracle: by hand. The default command without COCO: every missing path, what to do, exit code 2, no traceback."""
+    out = python(ROOT / "train.py", "--arch", "49", "--size", "640", "--protocol", "B", cwd=tmp_path, code=2)
+    for part in ("data/coco/train2017", "instances_train2017.json", "wget", "--data shapes"):
+        assert part in out
+    assert "Traceback" not in out and out.count("error:") == 1
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def equal(first, second):
+    """Whether two checkpoints are equal to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[k], second[k]) for k in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_resume_is_exact(how, shapes, tmp_path):
+    """Oracle: the run that was not interrupted. Weights, momentum, best AP and log are the same to the last bit after a
+    kill or a polite stop in mid-epoch, with two workers, jitter and stochastic depth."""
+    command = [ROOT / "train.py", *TINY, "--protocol", "C", "--data", shapes, "--batch-size", 8, "--micro-batch", 4,
+               "--epochs", 2, "--eval-every", 1, "--workers", 2]  # fmt: skip
+    python(*command, "--out", tmp_path / "straight")
+    broken = tmp_path / "broken"
+    victim = subprocess.Popen([sys.executable, *map(str, command), "--out", str(broken)], stdout=subprocess.PIPE, text=True)
+    while not (broken / "log.jsonl").exists() or '"step": 11' not in (broken / "log.jsonl").read_text():
+        assert victim.poll() is None
+        time.sleep(0.02)
+    victim.send_signal(how)
+    printed = victim.communicate(timeout=60)[0]
+    stopped_at = load_checkpoint(broken / "last.pt")["step"]
+    if how == signal.SIGTERM:
+        assert victim.returncode == 0 and "go on with --resume" in printed and 11 <= stopped_at < 16
+    else:
+        assert victim.returncode == -signal.SIGKILL and stopped_at == 8
+    assert "resuming at step" in python(*command, "--out", broken, "--resume")
+
+    straight, resumed = (load_checkpoint(out / "last.pt") for out in (tmp_path / "straight", broken))
+    assert straight["step"] == 16 and equal(straight, resumed)
+    times = {"seconds", "waited"}
+    logs = [[{k: v for k, v in row.items() if k not in times} for row in rows(out)] for out in (tmp_path / "straight", broken)]
+    assert logs[0] == logs[1] and [row["step"] for row in logs[0] if "step" in row] == list(range(1, 17))
+    assert [row["eval_step"] for row in logs[0] if "eval_step" in row] == [8, 16]
+
+
+def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank, training):
+    """Three steps of one of `world` processes; rank 0 saves the parameters it ends with."""
+    torch.set_num_threads(1)
+    place = CPU._replace(rank=rank, world=world)
+    if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}{micro}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    annotations = load_annotations(root)
+    model = build_model("tiny", num_classes=len(annotations.categories)).train(training)
+    optimizer, scaler = make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    batch = world * micro * accumulate
+    loader = make_loader(TrainSet(annotations, 128, (0.8, 1.2)), micro_batches(0, 3, batch, micro, rank, world), 0)
+
+    def batches():
+        for sample in loader:
+            if empty_rank is not None:  # as if these images had no objects
+                half = sample["sample"] % (world * micro) // (world * micro // 2) == empty_rank
+                sample["boxes"][half], sample["labels"][half] = 0, -1
+            yield sample
+
+    stream = batches()
+    for step in range(3):
+        means, norm = train_step(wrapped, stream, accumulate, optimizer, scaler, 0.02, 10.0, place, (0, step))
+        losses, norm, _ = read_step(means, norm, False, place)
+        assert np.isfinite([*losses.values(), norm]).all()
+    if rank == 0:
+        torch.save((model.state_dict(), losses), f"{folder}/{world}_{micro}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulate, empty_rank", [(1, None), (2, None), (1, 1)])
+def test_two_processes_equal_one(accumulate, empty_rank, shapes, tmp_path):
+    """Oracle: a single process with twice the micro-batch. Parameters and losses after 3 steps agree, with accumulation
+    on both sides, too, and where one rank has only images without objects (batch norm in evaluation mode)."""
+    for world, micro in ((1, 4), (2, 2)):
+        arguments = (world, micro, accumulate, shapes, tmp_path, empty_rank, False)
+        mp.spawn(steps_in_a_process, args=arguments, nprocs=world)
+    (one, one_losses), (two, two_losses) = (torch.load(tmp_path / name) for name in ("1_4.pt", "2_2.pt"))
+    torch.manual_seed(0)
+    start = build_model("tiny", num_classes=6).state_dict()
+    moved = max((one[k] - start[k]).abs().max().item() for k in one if one[k].is_floating_point())
+    assert moved > 1e-2
+    assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=1e-6) for k in one)
+    assert two_losses == pytest.approx(one_losses, rel=1e-5)
+
+
+def test_a_rank_with_only_empty_images(shapes, tmp_path):
+    """Oracle: it ends. In training mode, with one of two ranks seeing no object at all, losses stay finite."""
+    mp.spawn(steps_in_a_process, args=(2, 2, 1, shapes, tmp_path, 1, True), nprocs=2)
+    state, losses = torch.load(tmp_path / "2_2.pt")
+    assert all(value.isfinite().all() for value in state.values()) and losses["box"] > 0
+
+
+def test_noise_depends_on_seed_step_and_micro_step(shapes):
+    """Oracle: repetition. Stochastic depth draws the same for the same key, and differently for another step."""
+    annotations = load_annotations(shapes)
+    batch = next(iter(make_loader(TrainSet(annotations, 128, (1, 1)), [[0, 1, 2, 3]], 0)))
+
+    def loss(key):
+        torch.manual_seed(0)
+        model = build_model("tiny", num_classes=6, drop_path=0.9).train()
+        optimizer, scaler = make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False)
+        means, norm = train_step(model, [batch], 1, optimizer, scaler, 0.0, 10.0, CPU, key)
+        return norm.item()
+
+    assert loss((0, 5)) == loss((0, 5)) != loss((0, 6)) != loss((1, 6))
+
+
+def test_torchrun(shapes, tmp_path):
+    """Oracle: counting. Two processes train, evaluate every image once, stop together, resume, and log each step once."""
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", 29871, ROOT / "train.py", *TINY,
+               "--data", shapes, "--batch-size", 8, "--eval-every", 1, "--workers", 1, "--out", tmp_path / "run"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    out = python(*command, "--epochs", 1, env=environment)
+    assert out.count("evaluated 24/24 images") == 1 and "8 = 2 device(s) x 4 images x 1 micro-steps" in out
+    out = python(*command, "--epochs", 2, "--resume", env=environment)
+    assert "epochs 1 -> 2" in out and "resuming at step 8" in out
+    assert [row["step"] for row in rows(tmp_path / "run") if "step" in row] == list(range(1, 17))
+
+
+def test_files_of_a_run(run):
+    """Oracle: DESIGN's list. Checkpoints of plain types, a log, results and a picture."""
+    assert {"last.pt", "best.pt", "log.jsonl", "results.json", "grid.png"} == {p.name for p in run.iterdir()}
+    checkpoint = torch.load(run / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 4 and checkpoint["categories"][0] == [1, "disc"]
+    assert checkpoint["recipe"]["arch"] == "tiny" and checkpoint["recipe"]["micro_batch"] == 16
+    assert rows(run)[0].keys() >= {"step", "epoch", "lr", "loss", "class", "box", "grad_norm", "seconds", "waited"}
+
+
+def test_an_existing_run_is_not_overwritten(run, shapes):
+    """Oracle: by hand."""
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="already holds a run.*--resume"):
+        main([*TINY, "--data", str(shapes), "--out", str(run)])
+    assert (run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, message", [(["--arch", "49S"], r"another arch \(tiny, not 49S\)"), (["--size", "256"], r"another size \(128, not 256\)")]
+)
+def test_resume_as_another_model_is_refused(flags, message, run, shapes):
+    """Oracle: by hand. The sentence says what differs and offers --weights."""
+    with pytest.raises(UserError, match=message + ".*--weights"):
+        main([*TINY, "--data", str(shapes), "--out", str(run), "--resume", *flags])
+
+
+def test_weights_of_other_classes(run, shapes, tmp_path, capsys):
+    """Oracle: by hand. What fits is taken; the class layer is new and named; a bad file or another arch is refused."""
+    renamed = tmp_path / "renamed"
+    for split in ("train2017", "val2017"):
+        path = shapes / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        for category in content["categories"]:
+            category["name"] = "other " + category["name"]
+        (renamed / "annotations").mkdir(parents=True, exist_ok=True)
+        (renamed / "annotations" / path.name).write_text(json.dumps(content))
+        (renamed / split).symlink_to(shapes / split)
+    flags = [*TINY, "--data", str(renamed), "--limit", "4", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
+    main([*flags, "--weights", str(run / "best.pt"), "--out", str(tmp_path / "new")])
+    out = capsys.readouterr().out
+    assert "new: ['head.classes.predict.weight', 'head.classes.predict.bias']" in out and "evaluated 4/4 images" in out
+    with pytest.raises(UserError, match="another classes"):
+        main([*flags, "--resume", str(run / "last.pt"), "--out", str(tmp_path / "no")])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "cut.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
+    for name in ("text.pt", "cut.pt"):
+        with pytest.raises(UserError, match=name):
+            main([*flags, "--weights", str(tmp_path / name), "--out", str(tmp_path / "no")])
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.system, ("touch harmed",))
+
+
+def test_a_checkpoint_with_code_is_not_run(tmp_path, monkeypatch):
+    """Oracle: by hand. It is refused with a sentence, and the code in it leaves no trace."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Harmful(), "recipe": {}, "categories": []}, "bad.pt")
+    with pytest.raises(UserError, match="bad.pt is not a checkpoint of tensors and plain values"):
+        load_checkpoint("bad.pt")
+    assert not Path("harmed").exists()
+
+
+def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """Oracle: by hand. The disk is full: the old file stays, the draft goes, the sentence says so."""
+    save(tmp_path / "last.pt", {"step": 1})
+
+    def full(value, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left on device.*the one before is intact"):
+        save(tmp_path / "last.pt", {"step": 2})
+    assert torch.load(tmp_path / "last.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_divergence_stops_the_run(shapes, tmp_path, capsys):
+    """Oracle: by hand. A loss that is not finite ends the run with step, rate, terms and image ids; no checkpoint is hurt."""
+    out = tmp_path / "out"
+    flags = [*TINY, "--data", str(shapes), "--overfit", "4", "--workers", "0", "--out", str(out)]
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--lr", "1e30", "--epochs", "50"])
+    message = str(stop.value.code)
+    ids = load_annotations(shapes).ids[:4].tolist()
+    assert "training diverged at step" in message and "class loss" in message and "learning rate" in message
+    assert all(str(i) in message for i in ids)
+    if (out / "last.pt").exists():
+        assert all(value.isfinite().all() for value in load_checkpoint(out / "last.pt")["model"].values())
+
+
+def test_without_a_validation_split(coco_sample, tmp_path, capsys):
+    """Oracle: by hand. One line says that train2017 is evaluated; --overfit takes the first images that have objects."""
+    flags = [*TINY, "--data", str(coco_sample), "--batch-size", "2", "--epochs", "1", "--workers", "0"]
+    main([*flags, "--limit", "2", "--out", str(tmp_path / "a")])
+    out = capsys.readouterr().out
+    assert out.count("evaluating on train2017") == 1 and "evaluated 2/2 images" in out
+    main([*flags, "--overfit", "3", "--out", str(tmp_path / "b")])
+    a = load_annotations(coco_sample)
+    ids = a.ids[a.positives() > 0][:3].tolist()
+    found = {row["image_id"] for row in json.loads((tmp_path / "b" / "results.json").read_text())}
+    assert "3 images" in capsys.readouterr().out and found <= set(ids)
+
+
+def test_every_arch_has_a_micro_batch():
+    """Oracle: the table's keys."""
+    assert train.MICRO_BATCH.keys() == ARCHS.keys()
+    assert {f.name for f in dataclasses.fields(train.Protocol)} >= {k for e in train.EXCEPTIONS.values() for k in e}
