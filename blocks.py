@@ -2,6 +2,7 @@
 
 Dimensions: B images, C channels, H x W pixels of a feature map. Level L has stride 2^L.
 """
+
 import math
 
 import torch

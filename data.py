@@ -7,6 +7,7 @@ Boxes are xyxy float pixels, but in the json files and `Annotations.boxes`, whic
     python data.py --data D --show 8        write augmented training samples with their boxes
     python data.py --data D --bench         images per second on one core, and the share of decoding
 """
+
 import argparse
 import contextlib
 import functools
@@ -163,7 +164,7 @@ def load_annotations(root, split=TRAIN):
         raise UserError(
             f"{path}: {len(broken_ids)} of {len(objects)} objects are broken, such as annotation ids "
             f"{list(broken_ids[:5])}: a bbox must be [x, y, width, height] in pixels (not two corners) with positive "
-            "sides inside its image, a polygon [x1, y1, x2, y2, ...] needs 3 points, an RLE its image's size; correct them"
+            "sides inside its image, a polygon [x1, y1, x2, y2, ...] 3 points, an RLE its image's size; correct them"
         )
     rows = np.flatnonzero(~broken)
     rows = rows[np.argsort(owner[rows], kind="stable")]
@@ -441,7 +442,9 @@ def draw_objects(image, boxes, labels, names, scores=None):
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
-    return draw_bounding_boxes(image, boxes, texts, colours, width=2, label_background_colors=colours, label_colors="black")
+    return draw_bounding_boxes(
+        image, boxes, texts, colours, width=2, label_background_colors=colours, label_colors="black"
+    )
 
 
 # The generated set. Ranges are uniform unless said otherwise; the README states them.
@@ -640,12 +643,17 @@ def bench(dataset, seconds=5.0):
         decode += time.perf_counter() - before
         n += 1
     whole = time.perf_counter() - start - decode
-    print(f"{n / whole:.0f} images/s on one core ({1000 * whole / n:.2f} ms each, {100 * decode / whole:.0f} % of it decoding)")
+    print(
+        f"{n / whole:.0f} images/s on one core ({1000 * whole / n:.2f} ms each, "
+        f"{100 * decode / whole:.0f} % of it decoding)"
+    )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Look at a data set as training sees it.")
-    parser.add_argument("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    parser.add_argument(
+        "--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)"
+    )
     parser.add_argument("--split", default=TRAIN, help=f"default {TRAIN}")
     parser.add_argument("--check", action="store_true", help="decode every image and list the bad ones")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="write N augmented samples with their boxes")

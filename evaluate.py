@@ -6,6 +6,7 @@ Boxes are xyxy float pixels: of the network's input inside the model, of the ori
     torchrun --nproc_per_node 8 evaluate.py --weights ... --data ...           the same on 8 GPUs
     python evaluate.py --weights runs/x/best.pt --images photo.jpg --out seen  pictures and a json
 """
+
 import argparse
 import contextlib
 import datetime
@@ -27,8 +28,17 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from data import (
-    VAL, TestSet, UserError, draw_objects, full_view, load_annotations, make_loader, one_sentence, read_checked,
-    read_image, resolve_root,
+    VAL,
+    TestSet,
+    UserError,
+    draw_objects,
+    full_view,
+    load_annotations,
+    make_loader,
+    one_sentence,
+    read_checked,
+    read_image,
+    resolve_root,
 )
 from model import build_model
 
@@ -60,7 +70,9 @@ def start(device_name=None, amp="auto"):
 
     amp "auto" is bf16 from compute capability 8 on, fp16 below, off without CUDA. Raises UserError.
     """
-    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine or this torch build has no MPS; use --device cpu")
@@ -145,9 +157,7 @@ def detect_all(model, annotations, size, place, micro_batch, workers):
     return found
 
 
-def evaluate(
-    model, annotations, size, place, micro_batch=8, workers=0, categories=None, out=None, per_class=False
-):
+def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categories=None, out=None, per_class=False):
     """COCO's box metrics of a model on one split: {"AP": ..., ...}, the same on every rank.
 
     Rank 0 prints COCO's twelve lines and, given `out`, writes results.json there. `categories` are the model's,
@@ -293,21 +303,27 @@ def check_categories(annotations, categories, path):
     lacking = [c for c in annotations.categories if tuple(c) not in {tuple(k) for k in categories}]
     if lacking:
         raise UserError(
-            f"{path} was trained on other classes: it lacks (id, name) {lacking[:5]}{' ...' if lacking[5:] else ''} of the "
-            "data set; train on this data, with --weights to start from that checkpoint"
+            f"{path} was trained on other classes: it lacks {len(lacking)} of the data set's, such as (id, name) "
+            f"{lacking[:5]}; train on this data, with --weights to start from that checkpoint"
         )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="COCO metrics of a checkpoint, or its detections on any image.")
     parser.add_argument("--weights", type=Path, required=True, help="a checkpoint of train.py")
-    parser.add_argument("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    parser.add_argument(
+        "--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)"
+    )
     parser.add_argument("--split", default=VAL, help=f"default {VAL}")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--per-class", action="store_true", help="print AP by class, too")
     parser.add_argument("--images", type=Path, help="an image or a folder of images to predict on, instead of --data")
-    parser.add_argument("--score", type=float, default=0.3, help="with --images: draw detections from here on (default 0.3)")
-    parser.add_argument("--out", type=Path, help="folder of results.json or of the pictures (default: beside the weights)")
+    parser.add_argument(
+        "--score", type=float, default=0.3, help="with --images: draw detections from here on (default 0.3)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of results.json or of the pictures (default: beside the weights)"
+    )
     parser.add_argument("--micro-batch", type=int, default=8, help="images at once per device (default 8)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
@@ -328,9 +344,7 @@ def main(argv=None):
     if args.images:
         predict(detector, args.images, out, categories, size, place, args.score)
     else:
-        evaluate(
-            detector, annotations, size, place, args.micro_batch, args.workers, categories, out, args.per_class
-        )
+        evaluate(detector, annotations, size, place, args.micro_batch, args.workers, categories, out, args.per_class)
     if place.world > 1:
         dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 Dimensions: B images, C channels, H x W pixels, A anchors, K classes. Level L has stride 2^L.
 Boxes are (x1, y1, x2, y2) in pixels of the network's input, sides x2 - x1 and y2 - y1.
 """
+
 import functools
 import math
 

@@ -4,6 +4,7 @@ Dimensions: B images, A anchors, K classes, G ground-truth boxes (100, padded). 
 No function here has a data-dependent shape or reads a value back to the host: padding and background
 are selected away with `torch.where`, never branched on and never multiplied by 0 (inf * 0 is NaN).
 """
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

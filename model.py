@@ -4,6 +4,7 @@ Dimensions: B images, C channels, H x W pixels, A anchors, K classes. Level L ha
 
     python model.py             parameters and multiply-adds of every row, beside the paper's
 """
+
 import argparse
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -5,6 +5,7 @@ Dimensions: B images of a micro-batch on one rank; an optimizer step sees ranks 
     python train.py --arch tiny --size 128 --protocol toy --data shapes
     torchrun --nproc_per_node 8 train.py --arch 49 --size 640 --protocol B
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -24,9 +25,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import TRAIN, VAL, TrainSet, UserError, load_annotations, make_loader, micro_batches, one_sentence
-from data import require_split, resolve_root, split_paths
-from evaluate import evaluate, load_checkpoint, start, write_grid
+from data import (
+    TRAIN,
+    VAL,
+    Annotations,
+    TrainSet,
+    UserError,
+    load_annotations,
+    make_loader,
+    micro_batches,
+    one_sentence,
+    permutation,
+    require_split,
+    resolve_root,
+    split_paths,
+)
+from evaluate import Place, evaluate, load_checkpoint, start, write_grid
 from model import ARCHS, HEADS, MULTIPLE, build_model
 
 
@@ -63,10 +77,18 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 4e-5
 WARMUP_LR, WARMUP_STEPS = 0.0067, 2000  # both for a batch of 256
 LR_BATCH = 256
 DROPS = (30, 10)  # epochs before the end at which the learning rate is divided by 10
-SHORT_RUN, SHORT_DROPS, SHORT_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10  # not in the paper: under 60 epochs, shares of the run
+# Departure: for runs under 60 epochs, which the paper has not, drops and warm-up are shares of the run.
+SHORT_RUN, SHORT_DROPS, SHORT_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
 
 # Images of one micro-batch on a device, at the size given; other sizes scale by area.
-MICRO_BATCH = {"tiny": (640, 64), "49S": (640, 32), "49": (640, 16), "96": (1024, 8), "143": (1280, 2), "190": (1280, 1)}
+MICRO_BATCH = {
+    "49S": (640, 32),
+    "49": (640, 16),
+    "96": (1024, 8),
+    "143": (1280, 2),
+    "190": (1280, 1),
+    "tiny": (640, 64),
+}
 SAVE_SECONDS = 15 * 60
 PRINT_EVERY = 50  # steps, where stderr is no terminal
 
@@ -102,6 +124,11 @@ def make_optimizer(model):
     return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
 
 
+def make_scaler(place):
+    """The gradient scaler of float16; switched off in any other precision."""
+    return torch.amp.GradScaler(place.device.type, enabled=place.amp is torch.float16)
+
+
 def train_step(model, batches, accumulate, optimizer, scaler, lr, clip, place, noise_key=(0, 0)):
     """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the norm of the gradient.
 
@@ -124,6 +151,7 @@ def train_step(model, batches, accumulate, optimizer, scaler, lr, clip, place, n
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() / accumulate
     scaler.unscale_(optimizer)
+    # Departure: the authors' clipped gradient contains weight decay's; SGD adds it after the clipping here.
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     scaler.step(optimizer)
     scaler.update()
@@ -171,11 +199,18 @@ def parse_args(argv=None):
     add("--workers", type=int, help="data processes per device (default: its share of the cores, 8 at most)")
     add("--seed", type=int, default=0)
     add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
-    add("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: bf16 or fp16 on CUDA, by capability")
+    add(
+        "--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: by compute capability; off on CPU"
+    )
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--resume", nargs="?", const="last.pt", metavar="FILE", help="go on exactly where a run stopped (default OUT/last.pt)")
+    add("--resume", nargs="?", const="last.pt", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
     add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
-    add("--overfit", type=int, metavar="N", help="the first N images that have an object, no flip, no jitter; also evaluated on them")
+    add(
+        "--overfit",
+        type=int,
+        metavar="N",
+        help="train and evaluate on the first N images with objects; no augmentation",
+    )
     add("--limit", type=int, metavar="N", help="the first N images of every split")
     return parser.parse_args(argv)
 
@@ -207,7 +242,7 @@ def resolve(args):
 
 
 def split_batch(recipe, micro_batch, place):
-    """(images per micro-batch, micro-steps per optimizer step) of one rank; refuses what doesn't divide."""
+    """Images per micro-batch of one rank; what doesn't divide is refused. Departure: batch norm sees devices x this."""
     share, rest = divmod(recipe["batch_size"], place.world)
     if rest:
         raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
@@ -223,7 +258,7 @@ def split_batch(recipe, micro_batch, place):
             f"--size {recipe['size']} with --micro-batch 1 leaves batch norm a single value per channel on P7; use a "
             "micro-batch of 2 or a larger size"
         )
-    return micro_batch, share // micro_batch
+    return micro_batch
 
 
 def load_splits(args, recipe, place):
@@ -247,41 +282,71 @@ def load_splits(args, recipe, place):
     return tuple(split.select(range(len(split.ids))[: recipe["limit"]]) for split in (train, val))
 
 
-def describe(recipe, train, val, accumulate, place, steps_per_epoch, parameters):
-    """Everything the run is about to do, printed once."""
-    peak, start, warmup, first, second, total = schedule(
-        recipe["epochs"], steps_per_epoch, recipe["batch_size"], recipe["lr"]
+@dataclass
+class Run:
+    """The parts of one training run; `model` is `detector`, wrapped where there are several ranks."""
+
+    recipe: dict
+    place: Place
+    out: Path
+    workers: int
+    train: Annotations
+    val: Annotations
+    detector: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    state: dict  # step, evaluated (the step of the last evaluation), best (AP), skipped (fp16 overflows)
+
+    @property
+    def steps_per_epoch(self):
+        return math.ceil(len(self.train.ids) / self.recipe["batch_size"])
+
+    @property
+    def accumulate(self):
+        """Micro-steps per optimizer step."""
+        return self.recipe["batch_size"] // self.recipe["micro_batch"] // self.recipe["devices"]
+
+
+def describe(run):
+    """Print everything the run is about to do."""
+    recipe, place = run.recipe, run.place
+    peak, first_lr, warmup, first, second, total = schedule(
+        recipe["epochs"], run.steps_per_epoch, recipe["batch_size"], recipe["lr"]
     )
+    precision = str(place.amp or torch.float32).removeprefix("torch.")
+    parameters = sum(p.numel() for p in run.detector.parameters())
     print("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None))
-    print(f"train: {train.summary()}")
-    print(f"evaluate: {'the same images' if val is train else val.summary()}")
+    print(f"train: {run.train.summary()}")
+    print(f"evaluate: {'the same images' if run.val is run.train else run.val.summary()}")
     print(
-        f"batch: {recipe['batch_size']} = {place.world} device(s) x {recipe['micro_batch']} images x {accumulate} micro-steps on "
-        f"{place.device.type}, {str(place.amp or torch.float32).removeprefix('torch.')}; {parameters:,} parameters"
+        f"batch: {recipe['batch_size']} = {place.world} device(s) x {recipe['micro_batch']} images x {run.accumulate} "
+        f"micro-steps on {place.device.type}, {precision}; {parameters:,} parameters"
     )
     print(
-        f"learning rate: {recipe['lr']} x {recipe['batch_size']} / {LR_BATCH} = {peak:.5g}, after a warm-up from {start:.3g} "
-        f"over {warmup:.0f} steps; / 10 at step {first}, / 100 at {second} of {total} ({recipe['epochs']} epochs of "
-        f"{steps_per_epoch})",
-        flush=True,
+        f"learning rate: {recipe['lr']} x {recipe['batch_size']} / {LR_BATCH} = {peak:.5g}, after a warm-up from "
+        f"{first_lr:.3g} over {warmup:.0f} steps; / 10 at step {first}, / 100 at {second} of {total} "
+        f"({recipe['epochs']} epochs of {run.steps_per_epoch})"
     )
+    print(f"writing to {run.out}" + f", resuming at step {run.state['step']}" * (run.state["step"] > 0), flush=True)
 
 
 def load_weights(detector, path, categories):
-    """Take from a checkpoint every tensor whose name and shape fit; the layers that name classes only if those agree."""
+    """Take from a checkpoint every tensor whose name and shape fit; the class layers only if the classes agree."""
     checkpoint = load_checkpoint(path)
     own, given = detector.state_dict(), checkpoint["model"]
-    same_classes = [tuple(c) for c in checkpoint["categories"]] == categories
-    fits = {
-        name: value
-        for name, value in given.items()
-        if name in own and own[name].shape == value.shape and (same_classes or not name.startswith(detector.class_layers))
-    }
+    if [tuple(c) for c in checkpoint["categories"]] != categories:
+        given = {name: value for name, value in given.items() if not name.startswith(detector.class_layers)}
+    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     new = [name for name in own if name not in fits]
-    if not any(own[name].ndim > 1 for name in fits):
-        raise UserError(f"--weights {path}: no layer fits this model; the checkpoint is of arch {checkpoint['recipe']['arch']}")
+    if not any(value.ndim > 1 for value in fits.values()):
+        arch = checkpoint["recipe"]["arch"]
+        raise UserError(
+            f"--weights {path}: it has arch {arch}, and no layer of it fits this model; choose --arch {arch}"
+        )
     detector.load_state_dict(fits, strict=False)
-    return f"weights: {len(fits)} of {len(own)} tensors from {path}; new: {new if len(new) < 9 else str(new[:8])[:-1] + ', ...]'}"
+    more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+    return f"weights: {len(fits)} of {len(own)} tensors from {path}; new: {new[:8]}{more}"
 
 
 def check_resume(checkpoint, recipe, categories, path, rank):
@@ -298,7 +363,7 @@ def check_resume(checkpoint, recipe, categories, path, rank):
 
 
 class Log:
-    """log.jsonl, written by rank 0: {"step": n, ...} after the n-th step, {"eval_step": n, "AP": ...} after an evaluation.
+    """log.jsonl, written by rank 0: {"step": n, ...} after the n-th step, {"eval_step": n, ...} after an evaluation.
 
     A resumed run first drops the lines that it is going to write again.
     """
@@ -355,89 +420,104 @@ class Timed:
         return item
 
 
-def refuse_divergence(losses, norm, step, lr, dataset, recipe, out, place):
+def refuse_divergence(run, losses, norm, lr):
     """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
-    bad = [v for v in losses.values() if not math.isfinite(v)]
-    if not bad and (math.isfinite(norm) or place.amp is torch.float16):
+    finite = all(map(math.isfinite, losses.values()))
+    if finite and (math.isfinite(norm) or run.scaler.is_enabled()):
         return
-    samples = micro_batches(step, step + 1, recipe["batch_size"], recipe["batch_size"])
-    ids = [int(dataset.annotations.ids[dataset.image_of(n)[1]]) for batch in samples for n in batch]
+    if run.place.rank > 0:
+        raise SystemExit(1)
+    step, batch_size, images = run.state["step"], run.recipe["batch_size"], len(run.train.ids)
+    samples = [divmod(n, images) for n in range(step * batch_size, (step + 1) * batch_size)]
+    ids = [int(run.train.ids[permutation(run.recipe["seed"], epoch, images)[k]]) for epoch, k in samples]
     terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
-    message = (
-        f"error: training diverged at step {step + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, image ids "
-        f"{ids}; try a lower --lr, or look at those images with data.py --show; {out}/last.pt is from before"
+    raise SystemExit(
+        f"error: training diverged at step {step + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, "
+        f"image ids {ids}; try a lower --lr, or look for broken boxes with data.py --show; "
+        f"{run.out}/last.pt is from before"
     )
-    raise SystemExit(message if place.rank == 0 else 1)
 
 
-def fit(model, detector, optimizer, scaler, state, recipe, train, val, out, place, workers):
-    """The loop: from state["step"] to the last step, or until a signal asks to stop. Returns whether it came to the end.
+def save_as(run, name):
+    """Rank 0 writes the run's checkpoint: plain types and tensors, names without wrappers."""
+    if run.place.rank == 0:
+        parts = {"model": run.detector, "optimizer": run.optimizer, "scaler": run.scaler}
+        checkpoint = {key: part.state_dict() for key, part in parts.items()}
+        categories = [list(category) for category in run.train.categories]
+        save(run.out / name, checkpoint | run.state | {"recipe": run.recipe, "categories": categories})
 
-    `model` is `detector`, wrapped for several ranks. last.pt is written at every epoch, before and after every
-    evaluation, and at least every 15 minutes; best.pt whenever AP has risen.
+
+def evaluate_now(run, log):
+    """Evaluate, log, write the picture grid, and keep the best weights in best.pt."""
+    if run.place.world > 1:  # without SyncBN every rank has statistics of its own: rank 0's are the model's
+        for buffer in run.detector.buffers():
+            dist.broadcast(buffer, 0)
+    size, step = run.recipe["size"], run.state["step"]
+    metrics = evaluate(run.detector, run.val, size, run.place, run.recipe["micro_batch"], run.workers, out=run.out)
+    log.write({"eval_step": step, "epoch": step / run.steps_per_epoch} | metrics)
+    if run.place.rank == 0:
+        write_grid(run.detector, run.val, size, run.place, run.out / "grid.png")
+    run.state["evaluated"] = step
+    if metrics["AP"] > run.state["best"]:
+        run.state["best"] = metrics["AP"]
+        save_as(run, "best.pt")
+    save_as(run, "last.pt")
+
+
+def fit(run):
+    """The loop: from the run's step to the last, or until a signal asks to stop. Returns whether it came to the end.
+
+    last.pt is written at every epoch, before and after every evaluation, and at least every 15 minutes.
     """
-    batch_size, steps_per_epoch = recipe["batch_size"], math.ceil(len(train.ids) / recipe["batch_size"])
-    total, accumulate = recipe["epochs"] * steps_per_epoch, batch_size // recipe["devices"] // recipe["micro_batch"]
-    dataset = TrainSet(train, recipe["size"], recipe["jitter"], recipe["flip"], recipe["seed"])
+    recipe, place, state = run.recipe, run.place, run.state
+    batch_size, per_epoch, seed = recipe["batch_size"], run.steps_per_epoch, recipe["seed"]
+    total = recipe["epochs"] * per_epoch
+    dataset = TrainSet(run.train, recipe["size"], recipe["jitter"], recipe["flip"], seed)
     samples = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
-    batches = Timed(make_loader(dataset, samples, workers, place.device.type == "cuda"))
-    log, stop, saved = Log(out / "log.jsonl", place, state), Stop(), time.monotonic()
-
-    def save_as(name):
-        if place.rank == 0:
-            parts = {"model": detector, "optimizer": optimizer, "scaler": scaler}
-            checkpoint = {key: part.state_dict() for key, part in parts.items()}
-            save(out / name, checkpoint | state | {"recipe": recipe, "categories": [list(c) for c in train.categories]})
-
-    def evaluate_now():
-        if place.world > 1:  # without SyncBN every rank has statistics of its own: rank 0's are the model's
-            for buffer in detector.buffers():
-                dist.broadcast(buffer, 0)
-        metrics = evaluate(detector, val, recipe["size"], place, recipe["micro_batch"], workers, out=out)
-        state["evaluated"] = state["step"]
-        log.write({"eval_step": state["step"], "epoch": state["step"] / steps_per_epoch} | metrics)
-        if place.rank == 0:
-            write_grid(detector, val, recipe["size"], place, out / "grid.png")
-        if metrics["AP"] > state["best"]:
-            state["best"] = metrics["AP"]
-            save_as("best.pt")
-        save_as("last.pt")
-
+    batches = Timed(make_loader(dataset, samples, run.workers, place.device.type == "cuda"))
+    log, stop, saved = Log(run.out / "log.jsonl", place, state), Stop(), time.monotonic()
     progress = tqdm(total=total, initial=state["step"], disable=place.rank > 0 or None, smoothing=0.05)
-    model.train()
-    asked = False
-    while not asked:
+    run.model.train()
+    while True:
         step = state["step"]
-        due = step == total or (step > 0 and step % (steps_per_epoch * recipe["eval_every"]) == 0)
+        due = step == total or (step > 0 and step % (per_epoch * recipe["eval_every"]) == 0)
         if due and state["evaluated"] < step:
-            evaluate_now()
+            evaluate_now(run, log)
         if step == total:
             return True
-        before, waited = time.perf_counter(), batches.waited
-        lr = lr_at(step, recipe["epochs"], steps_per_epoch, batch_size, recipe["lr"])
-        noise_key = (recipe["seed"], step)
-        means, norm = train_step(model, batches, accumulate, optimizer, scaler, lr, recipe["clip"], place, noise_key)
+
+        began, waited = time.perf_counter(), batches.waited
+        lr = lr_at(step, recipe["epochs"], per_epoch, batch_size, recipe["lr"])
+        means, norm = train_step(
+            run.model, batches, run.accumulate, run.optimizer, run.scaler, lr, recipe["clip"], place, (seed, step)
+        )
         losses, norm, asked = read_step(means, norm, stop, place)
-        refuse_divergence(losses, norm, step, lr, dataset, recipe, out, place)
+        refuse_divergence(run, losses, norm, lr)
+
         state["step"] += 1
         state["skipped"] += not math.isfinite(norm)
-        seconds = time.perf_counter() - before
-        row = {"step": state["step"], "epoch": state["step"] / steps_per_epoch, "lr": lr, "loss": sum(losses.values())}
-        row |= losses | {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]}
-        log.write(row | {"seconds": seconds, "waited": batches.waited - waited})
+        times = {"seconds": time.perf_counter() - began, "waited": batches.waited - waited}
+        row = {
+            "step": state["step"],
+            "epoch": state["step"] / per_epoch,
+            "lr": lr,
+            "loss": sum(losses.values()),
+        } | losses
+        log.write(row | {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]} | times)
         progress.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.3g}", refresh=False)
         progress.update()
         if progress.disable and place.rank == 0 and state["step"] % PRINT_EVERY == 0:
-            speed = batch_size / seconds
-            print(f"step {state['step']}/{total}: loss {row['loss']:.3f}, lr {lr:.3g}, {speed:.1f} images/s", flush=True)
-        if asked or state["step"] % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
-            save_as("last.pt")
+            speed = f"{batch_size / times['seconds']:.1f} images/s"
+            print(f"step {state['step']}/{total}: loss {row['loss']:.3f}, lr {lr:.3g}, {speed}", flush=True)
+        if asked or state["step"] % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
+            save_as(run, "last.pt")
             saved = time.monotonic()
-    return False
+        if asked:
+            return False
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def prepare(args):
+    """Everything before the first step, the quick checks first: a Run, new or resumed."""
     recipe = resolve(args)
     out = args.out or Path("runs") / f"{args.arch}_{args.size}_{args.protocol}_{args.head}"
     resume = args.resume and (out / "last.pt" if args.resume == "last.pt" else Path(args.resume))
@@ -447,8 +527,7 @@ def main(argv=None):
     if args.data != "shapes":
         require_split(args.data, TRAIN)
     place = start(args.device, args.amp)
-    recipe["micro_batch"], accumulate = split_batch(recipe, args.micro_batch, place)
-    recipe["devices"] = place.world
+    recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, place), "devices": place.world}
     train, val = load_splits(args, recipe, place)
 
     torch.manual_seed(recipe["seed"])
@@ -459,41 +538,42 @@ def main(argv=None):
         check_resume(checkpoint, recipe, train.categories, resume, place.rank)
         detector.load_state_dict(checkpoint["model"])
         state = {name: checkpoint[name] for name in state}
-    note = load_weights(detector, args.weights, train.categories) if args.weights and not checkpoint else ""
+    elif args.weights:
+        note = load_weights(detector, args.weights, train.categories)
+        print(note) if place.rank == 0 else None
     place.move(detector)
     if place.world > 1 and place.device.type == "cuda":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     if args.compile:
         detector.compile()
-    optimizer = make_optimizer(detector)
-    scaler = torch.amp.GradScaler(place.device.type, enabled=place.amp is torch.float16)
+    optimizer, scaler = make_optimizer(detector), make_scaler(place)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
     model = detector
     if place.world > 1:
-        ids = [place.device] if place.device.type == "cuda" else None
-        model = DistributedDataParallel(detector, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        devices = [place.device] if place.device.type == "cuda" else None
+        model = DistributedDataParallel(detector, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} can't be made ({error}); give another folder") from None
-    if place.rank == 0:
-        steps = math.ceil(len(train.ids) / recipe["batch_size"])
-        parameters = sum(p.numel() for p in detector.parameters())
-        describe(recipe, train, val, accumulate, place, steps, parameters)
-        print(note or f"writing to {out}" + (f", resuming at step {state['step']}" if checkpoint else ""), flush=True)
     workers = args.workers
     if workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(os.cpu_count() // local, 8)
-    started = time.perf_counter()
-    finished = fit(model, detector, optimizer, scaler, state, recipe, train, val, out, place, workers)
-    if place.rank == 0:
-        minutes = (time.perf_counter() - started) / 60
-        how = f"best AP {state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
-        print(f"step {state['step']} after {minutes:.1f} minutes: {how}; {out}")
-    if place.world > 1:
+        workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
+    return Run(recipe, place, out, workers, train, val, detector, model, optimizer, scaler, state)
+
+
+def main(argv=None):
+    run = prepare(parse_args(argv))
+    if run.place.rank == 0:
+        describe(run)
+    began = time.perf_counter()
+    finished = fit(run)
+    if run.place.rank == 0:
+        how = f"best AP {run.state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
+        print(f"step {run.state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {run.out}")
+    if run.place.world > 1:
         dist.destroy_process_group()
 
 

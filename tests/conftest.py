@@ -1,4 +1,5 @@
 """Fixtures: the COCO sample, a small generated set, and the files of a run."""
+
 import os
 from pathlib import Path
 
@@ -36,8 +37,26 @@ def run(shapes, tmp_path_factory):
     import train
 
     out = tmp_path_factory.mktemp("run") / "run"
-    train.main(["--arch", "tiny", "--size", "128", "--protocol", "toy", "--data", str(shapes), "--epochs", "1",
-                "--workers", "0", "--device", "cpu", "--out", str(out)])  # fmt: skip
+    train.main(
+        [
+            "--arch",
+            "tiny",
+            "--size",
+            "128",
+            "--protocol",
+            "toy",
+            "--data",
+            str(shapes),
+            "--epochs",
+            "1",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+        ]
+    )
     return out
 
 

@@ -1,4 +1,5 @@
 """data.py: annotations, scale jitter, the sampler, the generated set, its command line."""
+
 import json
 import shutil
 
@@ -10,8 +11,20 @@ from pycocotools.coco import COCO
 
 import data
 from data import (
-    MAX_OBJECTS, PAD_COLOUR, SHAPES, TRAIN, VAL, TrainSet, UserError, View, draw_view, full_view, load_annotations,
-    make_loader, micro_batches, read_image, write_shapes,
+    MAX_OBJECTS,
+    PAD_COLOUR,
+    SHAPES,
+    TRAIN,
+    VAL,
+    TrainSet,
+    UserError,
+    draw_view,
+    full_view,
+    load_annotations,
+    make_loader,
+    micro_batches,
+    read_image,
+    write_shapes,
 )
 from model import PIXEL_MEAN, Normalize
 
@@ -291,12 +304,21 @@ def test_a_file_that_is_not_coco(text, tmp_path):
 
 
 BROKEN_OBJECTS = {
-    "NaN": {"bbox": [float("nan"), 2, 3, 4]}, "negative side": {"bbox": [1, 2, -3, 4]}, "no side": {"bbox": [1, 2, 0, 4]},
-    "outside": {"bbox": [70, 2, 3, 4]}, "mostly outside": {"bbox": [60, 40, 60, 40]}, "three numbers": {"bbox": [1, 2, 3]},
-    "text": {"bbox": ["1", "2", "3", "4"]}, "none": {"bbox": None}, "huge": {"bbox": [0, 0, 1e300, 1e300]},
-    "2 points": {"segmentation": [[1, 2, 3, 4]]}, "odd": {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]},
-    "NaN point": {"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "text mask": {"segmentation": ["polygon"]},
-    "RLE of another size": {"segmentation": {"size": [4, 4], "counts": [16]}}, "no counts": {"segmentation": {"size": [48, 64]}},
+    "NaN": {"bbox": [float("nan"), 2, 3, 4]},
+    "negative side": {"bbox": [1, 2, -3, 4]},
+    "no side": {"bbox": [1, 2, 0, 4]},
+    "outside": {"bbox": [70, 2, 3, 4]},
+    "mostly outside": {"bbox": [60, 40, 60, 40]},
+    "three numbers": {"bbox": [1, 2, 3]},
+    "text": {"bbox": ["1", "2", "3", "4"]},
+    "none": {"bbox": None},
+    "huge": {"bbox": [0, 0, 1e300, 1e300]},
+    "2 points": {"segmentation": [[1, 2, 3, 4]]},
+    "odd": {"segmentation": [[1, 2, 3, 4, 5, 6, 7]]},
+    "NaN point": {"segmentation": [[1, 2, 3, 4, 5, float("nan")]]},
+    "text mask": {"segmentation": ["polygon"]},
+    "RLE of another size": {"segmentation": {"size": [4, 4], "counts": [16]}},
+    "no counts": {"segmentation": {"size": [48, 64]}},
 }
 
 
@@ -311,7 +333,7 @@ def test_a_broken_object_is_dropped_and_counted(case, tmp_path):
 
 
 def test_what_is_merely_unusual_is_kept(tmp_path):
-    """Oracle: by hand. Ids of 0, no area, no iscrowd, no segmentation or an empty one, a box a little outside, no objects."""
+    """Oracle: by hand. Ids of 0; no area, iscrowd or segmentation; a box a little outside; no objects."""
     root = write_coco(tmp_path, [[[-0.5, -1, 30, 20], [50, 30, 16, 20]], []], names=("a", "b"))
     a = load_annotations(root)
     assert a.area.tolist() == [600, 320] and not a.crowd.any() and a.labels.tolist() == [0, 1]
@@ -348,10 +370,14 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by a quarter
     files = {
-        "grey": png(tmp_path / "g.png", grey), "palette": png(tmp_path / "p.png", grey.convert("RGB").quantize(4)),
-        "alpha": png(tmp_path / "a.png", grey.convert("RGBA")), "cmyk": png(tmp_path / "c.jpg", grey.convert("CMYK")),
-        "16 bits": png(tmp_path / "w.png", wide), "grey jpeg": png(tmp_path / "g.jpg", grey),
-        "exif": png(tmp_path / "e.jpg", grey.convert("RGB"), exif=exif), "1-bit": png(tmp_path / "b.png", grey.convert("1")),
+        "grey": png(tmp_path / "g.png", grey),
+        "palette": png(tmp_path / "p.png", grey.convert("RGB").quantize(4)),
+        "alpha": png(tmp_path / "a.png", grey.convert("RGBA")),
+        "cmyk": png(tmp_path / "c.jpg", grey.convert("CMYK")),
+        "16 bits": png(tmp_path / "w.png", wide),
+        "grey jpeg": png(tmp_path / "g.jpg", grey),
+        "exif": png(tmp_path / "e.jpg", grey.convert("RGB"), exif=exif),
+        "1-bit": png(tmp_path / "b.png", grey.convert("1")),
     }
     for name, path in files.items():
         image = read_image(path, "")
@@ -362,7 +388,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\xff\xd8\xff\xe0 truncated"])
 def test_a_bad_image_is_named(content, tmp_path):
-    """Oracle: by hand. The sentence names file and image id; --check finds it; a worker's error arrives as a sentence."""
+    """Oracle: by hand. The sentence names file and image id, from a worker, too; --check finds it."""
     root = write_coco(tmp_path, [[[1, 2, 30, 20]]] * 3)
     (root / TRAIN / "1.png").write_bytes(content)
     a = load_annotations(root)

@@ -1,4 +1,5 @@
 """evaluate.py: COCO's metrics, several processes, results, pictures, prediction on any image."""
+
 import json
 import re
 import subprocess
@@ -53,7 +54,9 @@ def test_ground_truth_scores_one(which, split, request, tmp_path, capsys):
     lines = [line for line in out.splitlines() if line.startswith(" Average")]
     assert len(lines) == 12 == len(METRICS)
     assert lines[0] == " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 1.000"
-    assert re.fullmatch(r" Average Recall     \(AR\) @\[ IoU=0.50:0.95 \| area= large \| maxDets=100 \] = -?\d\.\d{3}", lines[11])
+    assert re.fullmatch(
+        r" Average Recall     \(AR\) @\[ IoU=0.50:0.95 \| area= large \| maxDets=100 \] = -?\d\.\d{3}", lines[11]
+    )
 
 
 def test_results_json_is_coco_format(coco_sample, tmp_path):
@@ -129,7 +132,7 @@ def lively(run, tmp_path_factory):
 
 
 def test_command_line(lively, shapes, tmp_path, capsys):
-    """Oracle: `evaluate` called from here with another micro-batch: the twelve lines agree, and the json is complete."""
+    """Oracle: `evaluate` called from here with another micro-batch: the same twelve lines; the json is complete."""
     flags = ["--data", str(shapes), "--out", str(tmp_path), "--per-class", "--micro-batch", "16", "--device", "cpu"]
     main(["--weights", str(lively), *flags])
     out = capsys.readouterr().out
@@ -139,11 +142,18 @@ def test_command_line(lively, shapes, tmp_path, capsys):
     again = capsys.readouterr().out
     assert [x for x in out.splitlines() if "Average" in x] == [x for x in again.splitlines() if "Average" in x]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len({row["image_id"] for row in results}) == 24 and {row["category_id"] for row in results} <= {1, 2, 4, 5, 9, 12}
+    assert len({row["image_id"] for row in results}) == 24 and {row["category_id"] for row in results} <= {
+        1,
+        2,
+        4,
+        5,
+        9,
+        12,
+    }
 
 
 def test_prediction_on_photos(lively, coco_sample, tmp_path, capsys):
-    """Oracle: by hand. Every image of a folder gets a picture of its own size; EXIF's rotation is honoured; the json names files."""
+    """Oracle: by hand. Every image of a folder gets a picture of its own size, turned as EXIF says."""
     folder = tmp_path / "photos"
     folder.mkdir()
     photo = Image.open(next((coco_sample / TRAIN).iterdir()))
@@ -191,7 +201,9 @@ def test_picture_grid(shapes, tmp_path):
         globals()["SIZE"] = evaluation_size
     grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
     assert grid.shape == (4 * 324 + 4, 4 * 324 + 4, 3)
-    pairs = grid[4:, 4:].reshape(4, 324, 4, 324, 3)[:, :320, :, :320].transpose(0, 2, 1, 3, 4).reshape(8, 2, 320, 320, 3)
+    pairs = (
+        grid[4:, 4:].reshape(4, 324, 4, 324, 3)[:, :320, :, :320].transpose(0, 2, 1, 3, 4).reshape(8, 2, 320, 320, 3)
+    )
     assert all((np.abs(left - right).max(-1) > 0).mean() < 0.08 for left, right in pairs)
 
 

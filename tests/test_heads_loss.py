@@ -1,4 +1,5 @@
 """heads.py and loss.py: anchors, box code, matching, focal and Huber losses, detections."""
+
 from pathlib import Path
 
 import numpy as np
@@ -289,5 +290,7 @@ def test_detections_of_random_outputs():
 def test_no_detections():
     """Oracle: by hand. Nothing above the threshold gives empty tensors of the right shapes."""
     anchors = make_anchors((128, 128), 3)
-    (found,) = detect(torch.full((1, len(anchors), 4), -9.0), torch.zeros(1, len(anchors), 4), anchors, torch.tensor([[128.0, 128]]))
+    (found,) = detect(
+        torch.full((1, len(anchors), 4), -9.0), torch.zeros(1, len(anchors), 4), anchors, torch.tensor([[128.0, 128]])
+    )
     assert found["boxes"].shape == (0, 4) and found["scores"].shape == (0,) and found["labels"].shape == (0,)

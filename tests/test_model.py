@@ -1,4 +1,5 @@
 """blocks.py and model.py against the paper, its released code and counts made with it."""
+
 import dataclasses
 from collections import Counter
 from pathlib import Path
@@ -211,7 +212,7 @@ def test_stochastic_depth_is_linear_by_block_and_per_image():
 
 
 def test_drop_block():
-    """Oracle: DropBlock's definition. Squares vanish, the mean is kept, maps smaller than the block work, float16 too."""
+    """Oracle: DropBlock's definition. Squares vanish, the mean is kept; small maps and float16 work, too."""
     torch.manual_seed(0)
     x = torch.ones(8, 16, 32, 32)
     dropped = drop_block(x, 0.1, training=True)
@@ -223,7 +224,9 @@ def test_drop_block():
     for side in (1, 2, 4, 6):
         assert drop_block(torch.ones(2, 2, side, side), 0.1, training=True).isfinite().all()
     large = drop_block(torch.ones(2, 64, 64, 64, dtype=torch.float16), 0.1, training=True)
-    assert large.dtype == torch.float16 and large.max() < 2 and large.float().mean().item() == pytest.approx(1, abs=2e-3)
+    assert (
+        large.dtype == torch.float16 and large.max() < 2 and large.float().mean().item() == pytest.approx(1, abs=2e-3)
+    )
 
 
 def test_noise_is_off_unless_asked_for():

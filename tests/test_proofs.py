@@ -1,0 +1,56 @@
+"""Longer proofs, each a command of the README or close to it, run as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(train.__file__).parent
+TRAIN = [sys.executable, str(ROOT / "train.py")]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, cwd):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=1500, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def best_ap(out):
+    return float(re.search(r"best AP (\S+);", out)[1])
+
+
+def test_the_first_command_of_the_readme(tmp_path):
+    """Oracle: pycocotools, on 200 images that training has not seen: AP of at least 0.50, and the files it promises."""
+    out = run(*TRAIN, "--arch", "tiny", "--size", "128", "--protocol", "toy", "--data", "shapes", cwd=tmp_path)
+    folder = tmp_path / "runs" / "tiny_128_toy_retinanet"
+    assert best_ap(out) >= 0.50
+    assert {"last.pt", "best.pt", "log.jsonl", "results.json", "grid.png"} <= {p.name for p in folder.iterdir()}
+
+
+def test_overfitting_real_images(coco_sample, tmp_path):
+    """Oracle: pycocotools, on the eight real images that were trained on: AP of at least 0.90."""
+    flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--data", coco_sample, "--overfit", "8"]
+    assert best_ap(run(*TRAIN, *flags, cwd=tmp_path)) >= 0.90
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_paper_scale_on_a_cpu(processes, coco_sample, tmp_path):
+    """Oracle: it ends, counting steps and images. SpineNet-49 at 640 under B trains, evaluates and resumes on real
+    images, in one process and in two."""
+    launch = TRAIN
+    if processes == 2:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29873"]
+        launch += [ROOT / "train.py"]
+    flags = ["--arch", "49", "--size", "640", "--protocol", "B", "--data", coco_sample, "--batch-size", "4"]
+    flags += ["--micro-batch", "1", "--limit", "4", "--device", "cpu", "--out", tmp_path / "run"]
+    out = run(*launch, *flags, "--epochs", "1", cwd=tmp_path)
+    assert f"4 = {processes} device(s) x 1 images x {4 // processes} micro-steps" in out
+    assert "evaluated 4/4 images" in out and "step 1 after" in out
+    out = run(*launch, *flags, "--epochs", "2", "--resume", cwd=tmp_path)
+    assert "resuming at step 1" in out and "evaluated 4/4 images" in out and "step 2 after" in out
