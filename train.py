@@ -270,16 +270,20 @@ def load_splits(args, recipe, place):
         dist.barrier()
     train = load_annotations(root, TRAIN)
     if recipe["overfit"]:
-        train = train.select(np.flatnonzero(train.positives())[: recipe["overfit"]])
+        chosen = np.flatnonzero(train.positives())[: recipe["overfit"]]
+        if len(chosen) < recipe["overfit"]:
+            raise UserError(f"--overfit {recipe['overfit']}: only {len(chosen)} images of {root} have an object")
+        train = train.select(chosen)
         return train, train
-    val = train
-    if all(path.exists() for path in split_paths(root, VAL)):
-        val = load_annotations(root, VAL)
-    elif place.rank == 0:
-        print(f"there is no {' or no '.join(map(str, split_paths(root, VAL)))}: evaluating on {TRAIN}")
+    train = train.select(range(len(train.ids))[: recipe["limit"]])
+    missing = [str(path) for path in split_paths(root, VAL) if not path.exists()]
+    if missing:
+        print(f"{' and '.join(missing)} not found: evaluating on {TRAIN}") if place.rank == 0 else None
+        return train, train
+    val = load_annotations(root, VAL)
     if val.categories != train.categories:
         raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
-    return tuple(split.select(range(len(split.ids))[: recipe["limit"]]) for split in (train, val))
+    return train, val.select(range(len(val.ids))[: recipe["limit"]])
 
 
 @dataclass

@@ -344,6 +344,20 @@ def test_what_is_merely_unusual_is_kept(tmp_path):
     assert "0 objects" in none.summary() and none.boxes.shape == (0, 4)
 
 
+def test_an_image_of_crowds_only(tmp_path):
+    """Oracle: by hand. Crowds are never targets: an image that has nothing else is a negative."""
+
+    def all_crowds(content):
+        for o in content["annotations"]:
+            o["iscrowd"] = 1
+
+    a = load_annotations(write_coco(tmp_path, [[[1, 2, 30, 20]] * 3], change=all_crowds))
+    assert (
+        a.crowd.all() and "0 objects of 1 classes, 3 crowds (never positive), 1 images without objects" in a.summary()
+    )
+    assert (TrainSet(a, 128, (1, 1))[0]["labels"] == -1).all()
+
+
 def test_300_classes(tmp_path):
     """Oracle: by hand. Labels are contiguous in the order of the original ids."""
     root = write_coco(tmp_path, [[[1, 2, 30, 20]] * 300], names=[f"c{k}" for k in range(300)])
