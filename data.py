@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 MAX_OBJECTS = 100  # G: targets per image (authors' yaml, max_num_instances)
 PAD_COLOUR = (124, 116, 104)  # the mean colour: 0 after normalization, within rounding
+MIN_SIDE = 0.01  # pixels: what the window leaves of an object's box below this is no object
 MAX_BROKEN = 0.01  # a larger share of broken objects means that the format is wrong, not an object
 TRAIN, VAL = "train2017", "val2017"
 
@@ -45,6 +46,15 @@ or start without it, on generated images:
 
 class UserError(Exception):
     """A mistake in the arguments or a fault in the data: one sentence that says what, where and what to do."""
+
+
+def make_folder(path):
+    """Make a folder for output, and its parents; a UserError where that can't be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} can't be made ({error.strerror}); give another folder") from None
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -384,8 +394,8 @@ class TrainSet(Dataset):
         rng = np.random.default_rng((self.seed, epoch, i + 1))
         view = draw_view(rng, int(a.heights[i]), int(a.widths[i]), self.size, self.jitter, self.flip)
         boxes, labels = a.objects(i)
-        boxes = view.boxes(boxes)
-        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+        boxes = view.boxes(boxes).astype(np.float32)  # before the comparison: rounding can close a sliver
+        kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1))
         if len(kept) > MAX_OBJECTS:
             kept = np.sort(rng.choice(kept, MAX_OBJECTS, replace=False))
         targets = torch.zeros(MAX_OBJECTS, 4), torch.full((MAX_OBJECTS,), -1)
@@ -561,11 +571,14 @@ def write_shapes(root, seed=0):
     """Write the generated set under `root`, in COCO's layout, unless it is there; the same files at every call."""
     if all(split_paths(root, split)[0].exists() for split in SHAPES["images"]):
         return
+    if Path(root).exists():
+        raise UserError(f"{root} exists, but is not the generated set; remove it, and it will be written again")
     print(f"writing the generated shapes to {root}", flush=True)
     draft = Path(f"{root}.{os.getpid()}.tmp")
     for s, (split, count) in enumerate(SHAPES["images"].items()):
         path, folder = split_paths(draft, split)
-        folder.mkdir(parents=True), path.parent.mkdir(exist_ok=True)
+        folder.mkdir(parents=True)
+        path.parent.mkdir(exist_ok=True)
         images, annotations = [], []
         for k in range(count):
             scene, objects = random_scene(np.random.default_rng((seed, s, k)))
@@ -622,7 +635,7 @@ def check(annotations):
 
 def show(dataset, count, out):
     """Write the first `count` augmented samples, with their boxes, as PNG files."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     names = [name for _, name in dataset.annotations.categories]
     for n in range(count):
         sample = dataset[n]

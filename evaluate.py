@@ -34,16 +34,18 @@ from data import (
     draw_objects,
     full_view,
     load_annotations,
+    make_folder,
     make_loader,
     one_sentence,
     read_checked,
     read_image,
     resolve_root,
 )
-from model import build_model
+from model import ARCHS, HEADS, build_model
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation
+CHECKPOINT_KEYS = {"model", "optimizer", "scaler", "step", "evaluated", "best", "skipped", "recipe", "categories"}
 V100_PIP = "pip install torch==2.10.0 torchvision==0.25.0"
 
 
@@ -100,9 +102,10 @@ def check_capability(capability, arch_list):
     major, minor = capability
     for arch in arch_list:
         kind, _, number = arch.partition("_")
-        built = int("".join(c for c in number if c.isdigit()))
+        built = int("".join(c for c in number if c.isdigit()) or 0)
         # Machine code (sm) runs within its major version, intermediate code (compute) on anything newer.
-        if built <= 10 * major + minor and (kind == "compute" or built // 10 == major):
+        runs = built <= 10 * major + minor and (kind == "compute" or built // 10 == major)
+        if runs or kind not in ("sm", "compute"):  # the latter: a ROCm build, which names its GPUs otherwise
             return
     raise UserError(
         f"this GPU has compute capability {major}.{minor}, but the installed torch {torch.__version__} was built for "
@@ -121,8 +124,11 @@ def load_checkpoint(path):
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} can't be read as a checkpoint ({reason}); it may be truncated") from None
-    if not isinstance(checkpoint, dict) or not {"model", "recipe", "categories"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of train.py: it lacks model, recipe or categories")
+    lacking = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
+    if lacking:
+        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(lacking))}")
+    if checkpoint["recipe"].get("arch") not in ARCHS or checkpoint["recipe"].get("head") not in HEADS:
+        raise UserError(f"{path} has an arch or a head that model.py doesn't know; add its row there")
     return checkpoint
 
 
@@ -225,7 +231,9 @@ def ground_truth(annotations):
 
 def coco_metrics(annotations, results, per_class=False):
     """Print COCO's twelve lines for result dicts on a split; {"AP": ..., ..., "ARl": ...}."""
-    if not results:
+    if annotations.crowd.all():
+        print("warning: the split has no objects to find, so AP is -1")
+    elif not results:
         print("warning: there is not one detection above the score threshold, so AP is 0")
     with contextlib.redirect_stdout(io.StringIO()):
         truth = coco_index(annotations, ground_truth(annotations))
@@ -282,7 +290,6 @@ def predict(model, source, out, categories, size, place, score):
         files = sorted(p for p in source.iterdir() if p.suffix.lower() in Image.registered_extensions())
     if not files or not files[0].is_file():
         raise UserError(f"--images {source}: no image there")
-    out.mkdir(parents=True, exist_ok=True)
     names, rows = [name for _, name in categories], []
     for file in files:
         image = ImageOps.exif_transpose(read_image(file, "--images"))  # a photo is shown upright
@@ -330,6 +337,8 @@ def main(argv=None):
     parser.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto")
     args = parser.parse_args(argv)
 
+    if args.micro_batch <= 0 or args.workers < 0:
+        raise UserError("--micro-batch must be positive, --workers not negative")
     checkpoint = load_checkpoint(args.weights)
     categories, size = checkpoint["categories"], checkpoint["recipe"]["size"]
     out = args.out or args.weights.parent / ("seen" if args.images else "")
@@ -340,7 +349,7 @@ def main(argv=None):
         check_categories(annotations, categories, args.weights)
     place = start(args.device, args.amp)
     detector = load_model(checkpoint, place)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if args.images:
         predict(detector, args.images, out, categories, size, place, args.score)
     else:

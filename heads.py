@@ -136,11 +136,11 @@ def detect(class_logits, box_codes, anchors, sizes):
     detections = []
     for logits, codes, size in zip(class_logits.float(), box_codes.float(), sizes.tolist()):
         scores = logits.flatten().sigmoid()  # (A K,)
-        kept = (scores > SCORE_THRESHOLD).nonzero().squeeze(1)
-        scores, order = scores[kept].sort(descending=True, stable=True)
-        scores, kept = scores[:MAX_CANDIDATES], kept[order[:MAX_CANDIDATES]]
-        anchor, labels = kept // logits.shape[1], kept % logits.shape[1]
-        boxes = clip_boxes_to_image(decode_boxes(codes[anchor], anchors[anchor]), size)
+        likely = (scores > SCORE_THRESHOLD).nonzero().squeeze(1)
+        scores, order = scores[likely].sort(descending=True, stable=True)
+        scores, candidates = scores[:MAX_CANDIDATES], likely[order[:MAX_CANDIDATES]]
+        index, labels = candidates // logits.shape[1], candidates % logits.shape[1]
+        boxes = clip_boxes_to_image(decode_boxes(codes[index], anchors[index]), size)
         kept = batched_nms(boxes, scores, labels, NMS_THRESHOLD)[:MAX_DETECTIONS]
         detections.append({"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]})
     return detections

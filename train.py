@@ -32,6 +32,7 @@ from data import (
     TrainSet,
     UserError,
     load_annotations,
+    make_folder,
     make_loader,
     micro_batches,
     one_sentence,
@@ -41,7 +42,7 @@ from data import (
     split_paths,
 )
 from evaluate import Place, evaluate, load_checkpoint, start, write_grid
-from model import ARCHS, HEADS, MULTIPLE, build_model
+from model import ARCHS, HEADS, MULTIPLE, build_model, check_size
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ MICRO_BATCH = {
     "tiny": (640, 64),
 }
 SAVE_SECONDS = 15 * 60
-PRINT_EVERY = 50  # steps, where stderr is no terminal
+PRINT_EVERY = 50  # steps
+MAX_WAITING = 0.2  # share of the time that may be spent on waiting for data without a warning
 
 
 def schedule(epochs, steps_per_epoch, batch_size, lr=0.28):
@@ -228,16 +230,16 @@ def resolve(args):
     for name in ("size", "batch_size", "epochs", "lr", "eval_every", "clip"):
         if not recipe[name] > 0:
             raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
-    for name in ("overfit", "limit"):
-        if recipe[name] is not None and recipe[name] <= 0:
-            raise UserError(f"--{name} is {recipe[name]}, but must be positive")
-    if recipe["size"] % MULTIPLE:
-        below = max(recipe["size"] // MULTIPLE, 1) * MULTIPLE
-        raise UserError(f"--size {recipe['size']} is not a multiple of {MULTIPLE}, the stride of P7; try {below}")
+    for name, low in (("overfit", 1), ("limit", 1), ("seed", 0), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name} is {value}, but must be at least {low}")
     if not 0 < recipe["jitter"][0] <= recipe["jitter"][1]:
         raise UserError(f"--jitter {recipe['jitter']}: give LOW and HIGH with 0 < LOW <= HIGH")
-    if recipe["seed"] < 0:
-        raise UserError(f"--seed is {recipe['seed']}, but must not be negative")
+    try:
+        check_size(recipe["size"], recipe["size"])
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from None
     return recipe
 
 
@@ -276,9 +278,10 @@ def load_splits(args, recipe, place):
         train = train.select(chosen)
         return train, train
     train = train.select(range(len(train.ids))[: recipe["limit"]])
-    missing = [str(path) for path in split_paths(root, VAL) if not path.exists()]
-    if missing:
-        print(f"{' and '.join(missing)} not found: evaluating on {TRAIN}") if place.rank == 0 else None
+    val_json = split_paths(root, VAL)[0]
+    if not val_json.exists():
+        if place.rank == 0:
+            print(f"{val_json} not found: evaluating on {TRAIN}")
         return train, train
     val = load_annotations(root, VAL)
     if val.categories != train.categories:
@@ -353,7 +356,7 @@ def load_weights(detector, path, categories):
     return f"weights: {len(fits)} of {len(own)} tensors from {path}; new: {new[:8]}{more}"
 
 
-def check_resume(checkpoint, recipe, categories, path, rank):
+def check_resume(checkpoint, recipe, categories, steps, path, rank):
     """Refuse to resume as another model; say which other fields of the recipe have changed."""
     old = checkpoint["recipe"] | {"classes": [list(c) for c in checkpoint["categories"]]}
     new = recipe | {"classes": [list(c) for c in categories]}
@@ -362,6 +365,8 @@ def check_resume(checkpoint, recipe, categories, path, rank):
             was = "" if name == "classes" else f" ({old[name]}, not {new[name]})"
             raise UserError(f"--resume {path}: the checkpoint has another {name}{was}; use --weights to start from it")
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in recipe if old.get(name) != new[name]]
+    if checkpoint["step"] > steps:
+        raise UserError(f"--resume {path}: it has {checkpoint['step']} steps behind it, and this recipe only {steps}")
     if changed and rank == 0:
         print(f"resuming with a changed recipe: {', '.join(changed)}")
 
@@ -424,6 +429,32 @@ class Timed:
         return item
 
 
+class Report:
+    """Rank 0's progress: a bar on a terminal, else a line every PRINT_EVERY steps; a warning where data is late."""
+
+    def __init__(self, run, total):
+        self.run, self.total, self.recent = run, total, []
+        self.bar = tqdm(total=total, initial=run.state["step"], disable=run.place.rank > 0 or None, smoothing=0.05)
+
+    def step(self, row):
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.3g}", refresh=False)
+        self.bar.update()
+        self.recent.append(row)
+        if len(self.recent) < PRINT_EVERY or self.run.place.rank > 0:
+            return
+        seconds, waited = (sum(r[name] for r in self.recent) for name in ("seconds", "waited"))
+        speed = len(self.recent) * self.run.recipe["batch_size"] / seconds
+        self.recent = []
+        if self.bar.disable:
+            loss = f"loss {row['loss']:.3f}, lr {row['lr']:.3g}"
+            print(f"step {row['step']}/{self.total}: {loss}, {speed:.1f} images/s", flush=True)
+        if waited > MAX_WAITING * seconds:
+            self.bar.write(
+                f"warning: {100 * waited / seconds:.0f} % of the time went on waiting for data; raise --workers (now "
+                f"{self.run.workers}), or see data.py --bench for what a core can do"
+            )
+
+
 def refuse_divergence(run, losses, norm, lr):
     """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
     finite = all(map(math.isfinite, losses.values()))
@@ -453,7 +484,7 @@ def save_as(run, name):
 
 def evaluate_now(run, log):
     """Evaluate, log, write the picture grid, and keep the best weights in best.pt."""
-    if run.place.world > 1:  # without SyncBN every rank has statistics of its own: rank 0's are the model's
+    if run.place.world > 1:  # without SyncBN (on CPUs) every rank has statistics of its own: rank 0's are the model's
         for buffer in run.detector.buffers():
             dist.broadcast(buffer, 0)
     size, step = run.recipe["size"], run.state["step"]
@@ -480,7 +511,7 @@ def fit(run):
     samples = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
     batches = Timed(make_loader(dataset, samples, run.workers, place.device.type == "cuda"))
     log, stop, saved = Log(run.out / "log.jsonl", place, state), Stop(), time.monotonic()
-    progress = tqdm(total=total, initial=state["step"], disable=place.rank > 0 or None, smoothing=0.05)
+    report = Report(run, total)
     run.model.train()
     while True:
         step = state["step"]
@@ -501,18 +532,11 @@ def fit(run):
         state["step"] += 1
         state["skipped"] += not math.isfinite(norm)
         times = {"seconds": time.perf_counter() - began, "waited": batches.waited - waited}
-        row = {
-            "step": state["step"],
-            "epoch": state["step"] / per_epoch,
-            "lr": lr,
-            "loss": sum(losses.values()),
-        } | losses
-        log.write(row | {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]} | times)
-        progress.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.3g}", refresh=False)
-        progress.update()
-        if progress.disable and place.rank == 0 and state["step"] % PRINT_EVERY == 0:
-            speed = f"{batch_size / times['seconds']:.1f} images/s"
-            print(f"step {state['step']}/{total}: loss {row['loss']:.3f}, lr {lr:.3g}, {speed}", flush=True)
+        row = {"step": state["step"], "epoch": state["step"] / per_epoch, "lr": lr, "loss": sum(losses.values())}
+        row |= losses | times
+        row |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]}
+        log.write(row)
+        report.step(row)
         if asked or state["step"] % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
             save_as(run, "last.pt")
             saved = time.monotonic()
@@ -520,16 +544,28 @@ def fit(run):
             return False
 
 
-def prepare(args):
-    """Everything before the first step, the quick checks first: a Run, new or resumed."""
+def check_quickly(args):
+    """What can be refused before anything slow: (recipe, out, path to resume from, its checkpoint)."""
     recipe = resolve(args)
     out = args.out or Path("runs") / f"{args.arch}_{args.size}_{args.protocol}_{args.head}"
+    if args.resume and args.weights:
+        raise UserError("--resume goes on with its own weights: leave out --weights")
     resume = args.resume and (out / "last.pt" if args.resume == "last.pt" else Path(args.resume))
-    checkpoint = load_checkpoint(resume) if resume else None
     if not resume and (out / "last.pt").exists():
         raise UserError(f"{out} already holds a run: continue it with --resume, or give another --out")
     if args.data != "shapes":
         require_split(args.data, TRAIN)
+    return recipe, out, resume, load_checkpoint(resume) if resume else None
+
+
+def prepare(args):
+    """Everything before the first step: a Run, new or resumed."""
+    try:
+        recipe, out, resume, checkpoint = check_quickly(args)
+    except UserError:
+        if int(os.environ.get("RANK", 0)) > 0:  # rank 0 finds the same and says it
+            raise SystemExit(2) from None
+        raise
     place = start(args.device, args.amp)
     recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, place), "devices": place.world}
     train, val = load_splits(args, recipe, place)
@@ -537,14 +573,16 @@ def prepare(args):
     torch.manual_seed(recipe["seed"])
     options = {name: recipe[name] for name in ("activation", "drop_path", "drop_rate")}
     detector = build_model(recipe["arch"], recipe["head"], len(train.categories), **options)
-    state = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0}
+    state = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0}
     if checkpoint:
-        check_resume(checkpoint, recipe, train.categories, resume, place.rank)
+        steps = recipe["epochs"] * math.ceil(len(train.ids) / recipe["batch_size"])
+        check_resume(checkpoint, recipe, train.categories, steps, resume, place.rank)
         detector.load_state_dict(checkpoint["model"])
         state = {name: checkpoint[name] for name in state}
     elif args.weights:
         note = load_weights(detector, args.weights, train.categories)
-        print(note) if place.rank == 0 else None
+        if place.rank == 0:
+            print(note)
     place.move(detector)
     if place.world > 1 and place.device.type == "cuda":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
@@ -558,14 +596,10 @@ def prepare(args):
     if place.world > 1:
         devices = [place.device] if place.device.type == "cuda" else None
         model = DistributedDataParallel(detector, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} can't be made ({error}); give another folder") from None
     workers = args.workers
     if workers is None:
         workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
-    return Run(recipe, place, out, workers, train, val, detector, model, optimizer, scaler, state)
+    return Run(recipe, place, make_folder(out), workers, train, val, detector, model, optimizer, scaler, state)
 
 
 def main(argv=None):

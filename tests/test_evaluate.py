@@ -78,6 +78,13 @@ def test_no_detections(shapes, tmp_path, capsys):
     assert "warning" in capsys.readouterr().out
 
 
+def test_a_split_without_objects(shapes, capsys):
+    """Oracle: pycocotools' convention. With nothing to find AP is -1, and a line says why."""
+    a = load_annotations(shapes, VAL)
+    assert coco_metrics(a.select([])._replace(ids=a.ids[:1], first=np.zeros(2, int)), [])["AP"] == -1
+    assert "no objects to find" in capsys.readouterr().out
+
+
 def test_per_class(shapes, capsys):
     """Oracle: by hand. Perfect detections of one class only: its AP is 1, the others' 0, the mean 1 / K."""
     a = load_annotations(shapes, VAL)
