@@ -48,6 +48,8 @@ def test_learning_rate_of_other_batches_and_short_runs():
     short = [lr_at(k, 36, 10, batch_size=256, lr=0.8) for k in range(360)]
     assert short[18] == pytest.approx((0.0067 + 0.8) / 2) and short[36] == pytest.approx(0.8)
     assert short[329] == pytest.approx(0.8) and short[330] == pytest.approx(0.08)
+    overfit = [lr_at(k, 200, 1, batch_size=8, lr=1.2) for k in (0, 20, 169, 170, 190)]
+    assert overfit == pytest.approx([0.0067 / 32, 0.0375, 0.0375, 0.00375, 0.000375])
     assert short[349] == pytest.approx(0.08) and short[350] == pytest.approx(0.008)
 
 
