@@ -453,7 +453,7 @@ def draw_objects(image, boxes, labels, names, scores=None):
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
     return draw_bounding_boxes(
-        image, boxes, texts, colours, width=2, label_background_colors=colours, label_colors="black"
+        image, boxes, texts, colours, width=2, label_colors="black", label_background_colors=colours, fill_labels=True
     )
 
 

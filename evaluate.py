@@ -97,6 +97,15 @@ def start(device_name=None, amp="auto"):
     return Place(device, rank, world, {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp])
 
 
+def finish(place):
+    """Leave the process group, all ranks together."""
+    if place.world > 1:
+        # torch 2.10's gloo threads need the interpreter to drop a finished all-reduce: destroying the group before that
+        # can lock both for ever. The barrier lets them end.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def check_capability(capability, arch_list):
     """Raise UserError where the torch build has no kernels for the GPU, such as PyPI's from 2.11 on for a V100."""
     major, minor = capability
@@ -354,8 +363,7 @@ def main(argv=None):
         predict(detector, args.images, out, categories, size, place, args.score)
     else:
         evaluate(detector, annotations, size, place, args.micro_batch, args.workers, categories, out, args.per_class)
-    if place.world > 1:
-        dist.destroy_process_group()
+    finish(place)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from data import (
     resolve_root,
     split_paths,
 )
-from evaluate import Place, evaluate, load_checkpoint, start, write_grid
+from evaluate import Place, evaluate, finish, load_checkpoint, start, write_grid
 from model import ARCHS, HEADS, MULTIPLE, build_model, check_size
 
 
@@ -74,7 +74,7 @@ EXCEPTIONS = {
     ("C", "143", "retinanet"): dict(jitter=(0.1, 1.9), drop_path=0.16),
     ("C", "190", "retinanet"): dict(jitter=(0.1, 1.9), epochs=400, lr=0.3),
 }
-# What --overfit changes in any protocol. In few steps a momentum of 0.01 would not forget batch norm's initial variance.
+# What --overfit changes in any protocol. In few steps a momentum of 0.01 does not forget batch norm's initial variance.
 OVERFIT = dict(jitter=(1.0, 1.0), flip=False, epochs=400, eval_every=100, bn_momentum=0.1)
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 4e-5
@@ -617,8 +617,7 @@ def main(argv=None):
     if run.place.rank == 0:
         how = f"best AP {run.state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
         print(f"step {run.state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {run.out}")
-    if run.place.world > 1:
-        dist.destroy_process_group()
+    finish(run.place)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import TrainSet, UserError, load_annotations, make_loader, micro_batches
-from evaluate import Place, check_capability, load_checkpoint
+from evaluate import Place, check_capability, finish, load_checkpoint
 from model import ARCHS, build_model
 from train import PROTOCOLS, lr_at, main, make_optimizer, parse_args, read_step, resolve, save, split_batch, train_step
 
@@ -257,8 +257,7 @@ def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank,
         assert np.isfinite([*losses.values(), norm]).all()
     if rank == 0:
         torch.save((model.state_dict(), losses), f"{folder}/{world}_{micro}.pt")
-    if world > 1:
-        dist.destroy_process_group()
+    finish(place)
 
 
 @pytest.mark.parametrize("accumulate, empty_rank", [(1, None), (2, None), (1, 1)])
@@ -381,7 +380,7 @@ def ask_to_stop(rank, world, folder):
     assert asked and losses == {"box": 2.0}
     losses, _, asked = read_step({"box": loss / (1 - rank)}, torch.tensor(1.0), False, place)
     assert not asked and not np.isfinite(losses["box"])
-    dist.destroy_process_group()
+    finish(place)
 
 
 def test_all_ranks_see_one_rank_stop_or_diverge(tmp_path):
