@@ -442,12 +442,11 @@ class Report:
     def step(self, row):
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.3g}", refresh=False)
         self.bar.update()
-        self.recent.append(row)
-        if len(self.recent) < PRINT_EVERY or self.run.place.rank > 0:
+        self.recent = [*self.recent[-PRINT_EVERY + 1 :], row]
+        if row["step"] % PRINT_EVERY or self.run.place.rank > 0:
             return
         seconds, waited = (sum(r[name] for r in self.recent) for name in ("seconds", "waited"))
         speed = len(self.recent) * self.run.recipe["batch_size"] / seconds
-        self.recent = []
         if self.bar.disable:
             loss = f"loss {row['loss']:.3f}, lr {row['lr']:.3g}"
             print(f"step {row['step']}/{self.total}: {loss}, {speed:.1f} images/s", flush=True)

@@ -328,6 +328,26 @@ def test_torchrun(shapes, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run") if "step" in row] == list(range(1, 17))
 
 
+def test_sigterm_on_one_rank_stops_all(shapes, tmp_path):
+    """Oracle: exit codes. SIGTERM to one of two processes: both save at the same step and exit with 0."""
+    command = [sys.executable, ROOT / "train.py", *TINY, "--data", shapes, "--batch-size", "8", "--epochs", "20"]
+    ranks = []
+    for rank in ("0", "1"):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29875"}
+        flags = [*map(str, command), "--workers", "1", "--out", str(tmp_path / "run")]
+        ranks.append(subprocess.Popen(flags, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
+    while not (tmp_path / "run" / "log.jsonl").exists() or '"step": 3' not in (tmp_path / "run/log.jsonl").read_text():
+        assert all(process.poll() is None for process in ranks)
+        time.sleep(0.02)
+    ranks[1].send_signal(signal.SIGTERM)
+    printed = [process.communicate(timeout=60)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert "stopped as asked; go on with --resume" in printed[0] and not printed[1]
+    logged = [row["step"] for row in rows(tmp_path / "run")]
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == logged[-1] < 160
+
+
 def test_files_of_a_run(run):
     """Oracle: DESIGN's list. Checkpoints of plain types, a log, results and a picture."""
     assert {"last.pt", "best.pt", "log.jsonl", "results.json", "grid.png"} == {p.name for p in run.iterdir()}
