@@ -1,4 +1,4 @@
-"""How do bricks make a SpineNet, and a SpineNet plus heads a detector? (paper sections 3 and 4, Table 1)
+"""How do bricks make a SpineNet, and a SpineNet plus heads a detector? (paper sections 3 and 4)
 
 Dimensions: B images, C channels, H x W pixels, A anchors, K classes. Level L has stride 2^L.
 
@@ -64,7 +64,7 @@ MULTIPLE = 2 ** max(LEVELS)  # image sides divide by this
 
 @dataclass(frozen=True)
 class Arch:
-    """One SpineNet and the sizes of its heads (paper Table 1, section 3.4; authors' yaml files).
+    """One SpineNet and the sizes of its heads (paper section 3.4; authors' yaml files).
 
     Any value builds a network: `build_model(dataclasses.replace(ARCHS["49"], alpha=1.0), ...)`.
     """
@@ -216,7 +216,7 @@ def check_size(height, width):
         )
 
 
-# What the paper (Tables 2 and 3) and the authors' MODEL_ZOO print, for RetinaNet at 91 outputs. The
+# What the paper and the authors' MODEL_ZOO print, for RetinaNet at 91 outputs. The
 # figures of 49S match no released configuration: run, the authors' own code counts 11.27 M and 30.8 B.
 PUBLISHED = (  # arch, size, parameters (millions), multiply-adds (billions)
     ("49S", 640, "12.0", "33.8"),
@@ -245,12 +245,15 @@ def count(arch, size, head="retinanet", num_classes=PUBLISHED_OUTPUTS):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print every arch's parameters and multiply-adds beside the paper's.")
     parser.parse_args(argv)
-    print(f"RetinaNet, {PUBLISHED_OUTPUTS} outputs, one image. (Table 2 of the paper; 49S: see PUBLISHED)")
+    print(f"RetinaNet with {PUBLISHED_OUTPUTS} outputs, one image, beside the figures that the paper prints")
     print(f"{'arch':>5} {'size':>5} {'parameters':>12} {'paper, M':>9} {'multiply-adds':>18} {'paper, B':>9}")
     rows = PUBLISHED + tuple((name, 128, "-", "-") for name in ARCHS if name not in {row[0] for row in PUBLISHED})
     for arch, size, paper_parameters, paper_macs in rows:
         parameters, macs = count(arch, size)
         print(f"{arch:>5} {size:>5} {parameters:>12,} {paper_parameters:>9} {macs:>18,} {paper_macs:>9}")
+    print(
+        "49S: the printed figures match no released configuration; the authors' own code counts 11,265,942 and 30.8 B"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Fixtures: the COCO sample, a small generated set, and the files of a run."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 import data
+import train
 
 torch.set_num_threads(2)
 
@@ -34,37 +36,15 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run(shapes, tmp_path_factory):
     """The folder of a short finished training run on the generated set."""
-    import train
-
     out = tmp_path_factory.mktemp("run") / "run"
-    train.main(
-        [
-            "--arch",
-            "tiny",
-            "--size",
-            "128",
-            "--protocol",
-            "toy",
-            "--data",
-            str(shapes),
-            "--epochs",
-            "1",
-            "--workers",
-            "0",
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
-        ]
-    )
+    flags = "--arch tiny --size 128 --protocol toy --epochs 1 --workers 0 --device cpu".split()
+    train.main([*flags, "--data", str(shapes), "--out", str(out)])
     return out
 
 
 @pytest.fixture(autouse=True)
 def signals_restored():
     """train.main takes over SIGTERM and Ctrl-C; give them back to pytest."""
-    import signal
-
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     for number, handler in handlers.items():

@@ -40,7 +40,7 @@ def test_parameters_and_multiply_adds(arch, size, parameters, gmacs):
 
 @pytest.mark.parametrize("arch, size, paper_parameters, paper_macs", model.PUBLISHED)
 def test_published_figures(arch, size, paper_parameters, paper_macs):
-    """Oracle: the paper's Table 2 as printed; 49S is the known discrepancy, off by 6 % and 9 %."""
+    """Oracle: the paper's figures as printed; 49S is the known discrepancy, off by 6 % and 9 %."""
     parameters, macs = model.count(arch, size)
     close = parameters / 1e6 == pytest.approx(float(paper_parameters), rel=0.005)
     assert (close and macs / 1e9 == pytest.approx(float(paper_macs), rel=0.005)) == (arch != "49S")

@@ -45,7 +45,7 @@ def test_paper_scale_on_a_cpu(processes, coco_sample, tmp_path):
     images, in one process and in two."""
     launch = TRAIN
     if processes == 2:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29873"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         launch += [ROOT / "train.py"]
     flags = ["--arch", "49", "--size", "640", "--protocol", "B", "--data", coco_sample, "--batch-size", "4"]
     flags += ["--micro-batch", "1", "--limit", "4", "--device", "cpu", "--out", tmp_path / "run"]

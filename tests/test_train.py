@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -183,24 +184,8 @@ def equal(first, second):
 def test_resume_is_exact(how, shapes, tmp_path):
     """Oracle: the run that was not interrupted. Weights, momentum, best AP and log are the same to the last bit after a
     kill or a polite stop in mid-epoch, with two workers, jitter and stochastic depth."""
-    command = [
-        ROOT / "train.py",
-        *TINY,
-        "--protocol",
-        "C",
-        "--data",
-        shapes,
-        "--batch-size",
-        8,
-        "--micro-batch",
-        4,
-        "--epochs",
-        2,
-        "--eval-every",
-        1,
-        "--workers",
-        2,
-    ]
+    flags = "--protocol C --batch-size 8 --micro-batch 4 --epochs 2 --eval-every 1 --workers 2".split()
+    command = [ROOT / "train.py", *TINY, *flags, "--data", shapes]
     python(*command, "--out", tmp_path / "straight")
     broken = tmp_path / "broken"
     victim = subprocess.Popen(
@@ -300,26 +285,9 @@ def test_noise_depends_on_seed_step_and_micro_step(shapes):
 
 def test_torchrun(shapes, tmp_path):
     """Oracle: counting. Two processes train, evaluate every image once, resume, and log each step once."""
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        2,
-        "--master_port",
-        29871,
-        ROOT / "train.py",
-        *TINY,
-        "--data",
-        shapes,
-        "--batch-size",
-        8,
-        "--eval-every",
-        1,
-        "--workers",
-        1,
-        "--out",
-        tmp_path / "run",
-    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    flags = "--batch-size 8 --eval-every 1 --workers 1".split()
+    command = [*launch, ROOT / "train.py", *TINY, *flags, "--data", shapes, "--out", tmp_path / "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     out = python(*command, "--epochs", 1, env=environment)
     assert out.count("evaluated 24/24 images") == 1 and "8 = 2 device(s) x 4 images x 1 micro-steps" in out
@@ -331,10 +299,13 @@ def test_torchrun(shapes, tmp_path):
 def test_sigterm_on_one_rank_stops_all(shapes, tmp_path):
     """Oracle: exit codes. SIGTERM to one of two processes: both save at the same step and exit with 0."""
     command = [sys.executable, ROOT / "train.py", *TINY, "--data", shapes, "--batch-size", "8", "--epochs", "20"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     ranks = []
     for rank in ("0", "1"):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29875"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         flags = [*map(str, command), "--workers", "1", "--out", str(tmp_path / "run")]
         ranks.append(subprocess.Popen(flags, env=os.environ | environment, stdout=subprocess.PIPE, text=True))
     while not (tmp_path / "run" / "log.jsonl").exists() or '"step": 3' not in (tmp_path / "run/log.jsonl").read_text():
