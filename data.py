@@ -647,6 +647,7 @@ def show(dataset, count, out):
 
 def bench(dataset, seconds=5.0):
     """Images per second of the training samples on one core, and the share of it that is decoding alone."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     a, n, decode, start = dataset.annotations, 0, 0.0, time.perf_counter()
     while time.perf_counter() - start - decode < seconds:
@@ -656,6 +657,7 @@ def bench(dataset, seconds=5.0):
         decode += time.perf_counter() - before
         n += 1
     whole = time.perf_counter() - start - decode
+    torch.set_num_threads(threads)
     print(
         f"{n / whole:.0f} images/s on one core ({1000 * whole / n:.2f} ms each, "
         f"{100 * decode / whole:.0f} % of it decoding)"
