@@ -76,6 +76,11 @@ class Arch:
     head_channels: int  # RetinaNet's towers: width
     head_convs: int  # and number of convolutions
     anchor_size: float  # RetinaNet's anchors: base side in strides
+    rcnn_channels: int = 256  # Mask R-CNN: width of the RPN, box and mask heads
+    rcnn_fc_channels: int = 1024  # and of the box head's fully connected layer
+    rpn_convs: int = 1
+    rcnn_convs: int = 4  # of the box head and of the mask head
+    rcnn_anchor_size: float = 3
     spine: tuple = SPINE
 
     def width(self, level):
@@ -84,12 +89,12 @@ class Arch:
 
 
 ARCHS = {
-    "49S": Arch(0.65, 0.5, 1, 128, 128, 4, 3),
+    "49S": Arch(0.65, 0.5, 1, 128, 128, 4, 3, 128, 512),
     "49": Arch(1.0, 0.5, 1, 256, 256, 4, 3),
     "96": Arch(1.0, 0.5, 2, 256, 256, 4, 3),
     "143": Arch(1.0, 1.0, 3, 256, 256, 4, 4),
-    "190": Arch(1.3, 1.0, 4, 512, 512, 7, 4),
-    "tiny": Arch(0.25, 0.5, 1, 64, 64, 2, 2),  # not in the paper: for CPUs and lessons
+    "190": Arch(1.3, 1.0, 4, 512, 512, 7, 4, 384, 1024, 7, 7, 5),
+    "tiny": Arch(0.25, 0.5, 1, 64, 64, 2, 2, 64, 256, 1, 2, 2),  # not in the paper: for CPUs and lessons
 }
 
 
@@ -164,16 +169,22 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
+def own_regions(images, sizes):
+    """(height, width) of each image's own part of the batch, on the host: `sizes` (B, 2), or all of the input."""
+    return [images.shape[-2:]] * len(images) if sizes is None else sizes.tolist()
+
+
 class RetinaNet(nn.Module):
     """The one-stage detector (Lin et al. 2017; paper section 4.1): SpineNet, two towers, focal loss.
 
     `model(images, targets)` gives a dict of losses whose sum is to be minimized; `model(images, sizes=s)` a
-    list of detections. images: uint8 RGB (B, 3, H, W), padded at the right and bottom. targets: see
-    `loss.retinanet_loss`. sizes (B, 2): each image's own (height, width) inside the padding; detections:
-    see `heads.detect`.
+    list of detections. images: uint8 RGB (B, 3, H, W), padded at the right and bottom. targets: see loss.py.
+    sizes (B, 2): each image's own (height, width) inside the padding; detections: see `heads.detect`.
     """
 
-    class_layers = ("head.classes.predict.",)  # names of the weights that depend on what the classes are
+    class_layers = ("head.class_predict.",)  # names of the weights that depend on what the classes are
+    options = ("activation", "drop_path", "drop_rate")  # what of the recipe it is built with
+    masks = False  # whether it needs and gives masks
 
     def __init__(self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0):
         super().__init__()
@@ -185,26 +196,100 @@ class RetinaNet(nn.Module):
         )
 
     def forward(self, images, targets=None, sizes=None):
-        features = self.backbone(self.normalize(images))
-        class_logits, box_codes = self.head(features)  # (B, A, K), (B, A, 4)
+        class_logits, box_codes = self.every_layer(self.normalize(images))  # (B, A, K), (B, A, 4)
         anchors = heads.make_anchors(tuple(images.shape[-2:]), self.anchor_size, images.device)  # (A, 4)
         if targets is not None:
             return loss.retinanet_loss(class_logits, box_codes, anchors, targets)
-        if sizes is None:
-            sizes = images.new_tensor([images.shape[-2:]], dtype=torch.float32).expand(len(images), 2)
-        return heads.detect(class_logits, box_codes, anchors, sizes)
+        return [
+            heads.detect(logits.float().sigmoid(), heads.decode_boxes(codes, anchors)[:, None], size)
+            for logits, codes, size in zip(class_logits, box_codes, own_regions(images, sizes))
+        ]
+
+    def every_layer(self, x):
+        """The outputs for normalized images (B, 3, H, W), before losses or detections."""
+        return self.head(self.backbone(x))
 
 
-HEADS = {"retinanet": RetinaNet}
+class MaskRCNN(nn.Module):
+    """The two-stage detector with masks (He et al. 2017; paper section 4.2): SpineNet, RPN, box head, mask head.
+
+    Called as `RetinaNet`; the detections also have masks (N, 28, 28), probabilities inside their boxes. In training
+    each image has `rois` regions of interest, of which the first `mask_rois` may be foreground and get masks.
+    """
+
+    class_layers = ("box_head.class_predict.", "box_head.box_predict.", "mask_head.mask_predict.")
+    options = ("activation", "drop_path", "drop_rate", "rois", "mask_rois")
+    masks = True
+
+    def __init__(
+        self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0, rois=512, mask_rois=128
+    ):
+        super().__init__()
+        self.anchor_size, self.rois, self.mask_rois = arch.rcnn_anchor_size, rois, mask_rois
+        self.normalize = Normalize()
+        self.backbone = SpineNet(arch, activation, drop_path, drop_rate)
+        sizes = arch.endpoint_channels, arch.rcnn_channels
+        self.rpn = heads.RPNHead(*sizes, arch.rpn_convs, activation)
+        self.box_head = heads.BoxHead(*sizes, arch.rcnn_convs, arch.rcnn_fc_channels, num_classes, activation)
+        self.mask_head = heads.MaskHead(*sizes, arch.rcnn_convs, num_classes, activation)
+
+    def forward(self, images, targets=None, sizes=None):
+        features = self.backbone(self.normalize(images))  # P3..P7
+        objectness, codes = self.rpn(features)  # by level: (B, A_L), (B, A_L, 4)
+        anchors = heads.make_anchors(
+            tuple(images.shape[-2:]), self.anchor_size, images.device, heads.RPN_SCALES
+        ).split([level.shape[1] for level in objectness])
+        candidates = heads.TEST_CANDIDATES if targets is None else heads.TRAIN_CANDIDATES
+        proposals = heads.propose(objectness, codes, anchors, images.shape[-2:], candidates)  # B x (N, 4)
+        pyramid = heads.pack_pyramid(features)
+        if targets is None:
+            return self.detect(pyramid, proposals, own_regions(images, sizes))
+
+        rois = loss.sample_rois(proposals, targets, self.rois, self.mask_rois)  # (B, R)
+        class_logits, box_codes = self.box_head(heads.roi_features(pyramid, rois.boxes, heads.BOX_POOL))
+        foreground = rois.first(self.mask_rois)  # (B, M)
+        mask_logits = self.mask_head(heads.roi_features(pyramid, foreground.boxes, heads.MASK_POOL))
+        return (
+            loss.rpn_loss(objectness, codes, anchors, targets)
+            | loss.box_head_loss(class_logits, box_codes, rois, targets)
+            | loss.mask_loss(mask_logits, foreground, targets)
+        )
+
+    def detect(self, pyramid, proposals, sizes):
+        """Detections with masks from B proposals (N, 4) and image sizes: the mask head sees only what is detected."""
+        class_logits, box_codes = self.box_head(heads.roi_features(pyramid, proposals, heads.BOX_POOL))
+        scores = class_logits.float().softmax(dim=1)[:, 1:]  # without the background
+        boxes = torch.cat(proposals)[:, None]  # (B N, 1, 4)
+        boxes = heads.decode_boxes(box_codes[:, 1:], boxes, heads.BOX_CODE_WEIGHTS)  # (B N, K, 4)
+        counts = [len(p) for p in proposals]
+        found = [heads.detect(*parts) for parts in zip(scores.split(counts), boxes.split(counts), sizes)]
+
+        logits = self.mask_head(heads.roi_features(pyramid, [one["boxes"] for one in found], heads.MASK_POOL))
+        labels = torch.cat([one["labels"] for one in found])[:, None, None, None]
+        masks = logits.float().take_along_dim(labels + 1, dim=1).squeeze(1).sigmoid()  # (all detections, 28, 28)
+        masks = masks.split([len(one["boxes"]) for one in found])
+        return [one | {"masks": own} for one, own in zip(found, masks)]
+
+    def every_layer(self, x, rois=1000, mask_rois=100):
+        """The outputs of all heads for normalized images (B, 3, H, W) and so many empty RoIs per image."""
+        features = self.backbone(x)
+        pyramid = heads.pack_pyramid(features)
+        rois, mask_rois = (x.new_zeros(len(x), count, 4) for count in (rois, mask_rois))
+        box_outputs = self.box_head(heads.roi_features(pyramid, rois, heads.BOX_POOL))
+        return self.rpn(features), box_outputs, self.mask_head(heads.roi_features(pyramid, mask_rois, heads.MASK_POOL))
 
 
-def build_model(arch, head="retinanet", num_classes=80, activation="relu", drop_path=0.0, drop_rate=0.0):
+HEADS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN}
+
+
+def build_model(arch, head="retinanet", num_classes=80, **options):
     """A detector with random weights. `arch` is a name in ARCHS or an Arch; `head` a name in HEADS.
 
-    num_classes is the dataset's K; RetinaNet has exactly K outputs per anchor.
+    num_classes is the dataset's K: RetinaNet has K outputs per anchor, Mask R-CNN K + 1 per RoI. The options are
+    those of the head: activation="relu", drop_path=0.0, drop_rate=0.0; of mask_rcnn also rois=512, mask_rois=128.
     """
     arch = ARCHS[arch] if isinstance(arch, str) else arch
-    return HEADS[head](arch, num_classes, activation=activation, drop_path=drop_path, drop_rate=drop_rate)
+    return HEADS[head](arch, num_classes, **options)
 
 
 def check_size(height, width):
@@ -216,28 +301,39 @@ def check_size(height, width):
         )
 
 
-# What the paper and the authors' MODEL_ZOO print, for RetinaNet at 91 outputs. The
-# figures of 49S match no released configuration: run, the authors' own code counts 11.27 M and 30.8 B.
-PUBLISHED = (  # arch, size, parameters (millions), multiply-adds (billions)
-    ("49S", 640, "12.0", "33.8"),
-    ("49", 640, "28.5", "85.4"),
-    ("49", 896, "28.5", "167.4"),
-    ("96", 1024, "43.0", "265.4"),
-    ("143", 1280, "66.9", "524.4"),
-    ("190", 1280, "163.6", "1885"),
-)
-PUBLISHED_OUTPUTS = 91  # COCO's largest category id is 90; the authors keep an output for each and for 0
+# What the paper and the authors' MODEL_ZOO print. The figures of RetinaNet 49S and of Mask R-CNN 190 match no released
+# configuration of theirs.
+PUBLISHED = {  # head: (arch, size, parameters in millions, multiply-adds in billions)
+    "retinanet": (
+        ("49S", 640, "12.0", "33.8"),
+        ("49", 640, "28.5", "85.4"),
+        ("49", 896, "28.5", "167.4"),
+        ("96", 1024, "43.0", "265.4"),
+        ("143", 1280, "66.9", "524.4"),
+        ("190", 1280, "163.6", "1885"),
+    ),
+    "mask_rcnn": (
+        ("49S", 640, "13.9", "60.2"),
+        ("49", 640, "40.8", "216.1"),
+        ("96", 1024, "55.2", "315.0"),
+        ("143", 1280, "79.2", "498.8"),
+        ("190", 1536, "168.2", "1685.7"),
+    ),
+}
+# COCO's largest category id is 90; the authors keep an output for each and for 0, which is Mask R-CNN's background.
+PUBLISHED_CLASSES = {"retinanet": 91, "mask_rcnn": 90}
 
 
-def count(arch, size, head="retinanet", num_classes=PUBLISHED_OUTPUTS):
+def count(arch, size, head="retinanet"):
     """(trainable parameters, multiply-adds of one size x size image), counted on the meta device in no time.
 
-    Multiply-adds are those of the convolutions, as in the paper's "FLOPs".
+    Multiply-adds are those of the convolutions, transposed convolutions and fully connected layers, as in the paper's
+    "FLOPs"; for Mask R-CNN with 1000 RoIs in the box head and 100 in the mask head.
     """
     with torch.device("meta"):
-        model = build_model(arch, head, num_classes).eval()
+        model = build_model(arch, head, PUBLISHED_CLASSES[head]).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.head(model.backbone(torch.empty(1, 3, size, size)))
+            model.every_layer(torch.empty(1, 3, size, size))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return parameters, counter.get_total_flops() // 2
 
@@ -245,14 +341,17 @@ def count(arch, size, head="retinanet", num_classes=PUBLISHED_OUTPUTS):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print every arch's parameters and multiply-adds beside the paper's.")
     parser.parse_args(argv)
-    print(f"RetinaNet with {PUBLISHED_OUTPUTS} outputs, one image, beside the figures that the paper prints")
-    print(f"{'arch':>5} {'size':>5} {'parameters':>12} {'paper, M':>9} {'multiply-adds':>18} {'paper, B':>9}")
-    rows = PUBLISHED + tuple((name, 128, "-", "-") for name in ARCHS if name not in {row[0] for row in PUBLISHED})
-    for arch, size, paper_parameters, paper_macs in rows:
-        parameters, macs = count(arch, size)
-        print(f"{arch:>5} {size:>5} {parameters:>12,} {paper_parameters:>9} {macs:>18,} {paper_macs:>9}")
+    for head, published in PUBLISHED.items():
+        classes = PUBLISHED_CLASSES[head]
+        print(f"{HEADS[head].__name__} with {classes} classes, one image, beside the figures that the paper prints")
+        print(f"{'arch':>5} {'size':>5} {'parameters':>12} {'paper, M':>9} {'multiply-adds':>18} {'paper, B':>9}")
+        rows = published + tuple((name, 128, "-", "-") for name in ARCHS if name not in {row[0] for row in published})
+        for arch, size, paper_parameters, paper_macs in rows:
+            parameters, macs = count(arch, size, head)
+            print(f"{arch:>5} {size:>5} {parameters:>12,} {paper_parameters:>9} {macs:>18,} {paper_macs:>9}")
     print(
-        "49S: the printed figures match no released configuration; the authors' own code counts 11,265,942 and 30.8 B"
+        "The paper's figures of RetinaNet 49S and Mask R-CNN 190 match no released configuration; run, the authors' own "
+        "code counts 11,265,942 and 30.8 B, 176,198,465 and 2074 B"
     )
 
 
