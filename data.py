@@ -4,7 +4,7 @@ Dimensions: N images, M objects, B images of a batch, S side of the network's sq
 Boxes are xyxy float pixels, but in the json files and `Annotations.boxes`, which are COCO's xywh.
 
     python data.py --data D --check         decode every image, list the bad ones
-    python data.py --data D --show 8        write augmented training samples with their boxes
+    python data.py --data D --show 8        write augmented training samples with their boxes (--masks: and masks)
     python data.py --data D --bench         images per second on one core, and the share of decoding
 """
 
@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 MAX_OBJECTS = 100  # G: targets per image (authors' yaml, max_num_instances)
+MASK_SIDE = 112  # cells of a target's mask, per side of its box (authors' yaml, gt_mask_size)
 PAD_COLOUR = (124, 116, 104)  # the mean colour: 0 after normalization, within rounding
 MIN_SIDE = 0.01  # pixels: what the window leaves of an object's box below this is no object
 MAX_BROKEN = 0.01  # a larger share of broken objects means that the format is wrong, not an object
@@ -68,10 +69,133 @@ def one_sentence():
         raise SystemExit(2) from None
 
 
+def ragged_rows(first, chosen):
+    """For rows first[k] to first[k + 1] that belong to k: (those of the chosen k, joined; their own `first`)."""
+    counts = np.diff(first)[chosen]
+    start = np.concatenate(([0], counts.cumsum()))
+    return np.repeat(first[chosen] - start[:-1], counts) + np.arange(start[-1]), start
+
+
+class Masks(NamedTuple):
+    """The segmentations of M objects, packed: each has either polygons or the run lengths of its image's pixels.
+
+    The polygons of object m are first_polygon[m] to first_polygon[m + 1], the points of polygon q are first_point[q] to
+    first_point[q + 1]; its runs are first_run[m] to first_run[m + 1].
+    """
+
+    points: np.ndarray  # (V, 2) float64: x, y in image pixels
+    first_point: np.ndarray  # (Q + 1,) int64
+    first_polygon: np.ndarray  # (M + 1,) int64
+    runs: np.ndarray  # (R,) int64: lengths in column-major order, background first
+    first_run: np.ndarray  # (M + 1,) int64
+
+    @classmethod
+    def pack(cls, segmentations):
+        """From COCO's form: lists of polygons, or dicts with run lengths of either kind."""
+        polygons = [s if isinstance(s, list) else [] for s in segmentations]
+        flat = [np.asarray(p, dtype=np.float64) for parts in polygons for p in parts]
+        runs = [run_lengths(s["counts"]) if isinstance(s, dict) else np.zeros(0, np.int64) for s in segmentations]
+        return cls(
+            np.concatenate([np.zeros(0), *flat]).reshape(-1, 2),
+            np.cumsum([0] + [len(p) // 2 for p in flat]),
+            np.cumsum([0] + [len(parts) for parts in polygons]),
+            np.concatenate([np.zeros(0, np.int64), *runs]),
+            np.cumsum([0] + [len(r) for r in runs]),
+        )
+
+    def select(self, objects):
+        """The same for these objects (indices) only."""
+        polygons, first_polygon = ragged_rows(self.first_polygon, objects)
+        points, first_point = ragged_rows(self.first_point, polygons)
+        runs, first_run = ragged_rows(self.first_run, objects)
+        return Masks(self.points[points], first_point, first_polygon, self.runs[runs], first_run)
+
+    def polygons(self, m):
+        """The polygons of object m, arrays (n, 2)."""
+        return [
+            self.points[self.first_point[q] : self.first_point[q + 1]]
+            for q in range(self.first_polygon[m], self.first_polygon[m + 1])
+        ]
+
+    def coco(self, m, height, width):
+        """The segmentation of object m in COCO's form."""
+        runs = self.runs[self.first_run[m] : self.first_run[m + 1]].tolist()
+        return {"size": [height, width], "counts": runs} if runs else [p.ravel().tolist() for p in self.polygons(m)]
+
+    def crop(self, m, box, height):
+        """Object m inside a box (4,) xyxy of its image: (112, 112) uint8, 1 where a cell's centre is in the object.
+
+        Read straight from the points or runs: no bitmap of the image is made, whatever its size or the box's.
+        """
+        centres = (np.arange(MASK_SIDE) + 0.5) / MASK_SIDE
+        x, y = box[0] + centres * (box[2] - box[0]), box[1] + centres * (box[3] - box[1])
+        runs = self.runs[self.first_run[m] : self.first_run[m + 1]]
+        if len(runs):  # odd runs are the object's
+            pixels = x.astype(np.int64) * height + y.astype(np.int64)[:, None]
+            return (np.searchsorted(runs.cumsum(), pixels, side="right") % 2).astype(np.uint8)
+        mask = np.zeros((MASK_SIDE, MASK_SIDE), dtype=np.uint8)
+        for points in self.polygons(m):
+            mask |= inside_polygon(points, x, y)
+        return mask
+
+
+def run_lengths(counts):
+    """(n,) int64 from COCO's run lengths: a list of them, or their compressed string.
+
+    The string's characters, less 48, are groups of 5 bits, low ones first, 32 marking that more follow, as a signed
+    number: from the fourth run on, the difference to the run before the last. Source: pycocotools' maskApi.c.
+    """
+    if not isinstance(counts, (str, bytes)):
+        return np.asarray(counts, dtype=np.int64)
+    code = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((code & 32) == 0)
+    starts = np.concatenate(([0], ends + 1))[: len(ends)]
+    place = np.arange(len(code)) - np.repeat(starts, np.diff(starts, append=len(code)))
+    values = np.add.reduceat((code & 31) << (5 * place), starts) if len(ends) else code[:0]
+    values -= ((code[ends] & 16) > 0).astype(np.int64) << (5 * (ends - starts + 1))  # the sign
+    for odd in (0, 1):
+        values[2 - odd :: 2] = values[2 - odd :: 2].cumsum()
+    return values
+
+
+def inside_polygon(points, x, y):
+    """(len(y), len(x)) uint8: 1 where (x, y) is inside the polygon (n, 2), by the parity of the edges to its left."""
+    ends = np.roll(points, -1, axis=0)
+    edge, row = np.nonzero((points[:, 1:] <= y) != (ends[:, 1:] <= y))  # the edges that cross each row
+    (x0, y0), (x1, y1) = points[edge].T, ends[edge].T
+    crossing = x0 + (y[row] - y0) * (x1 - x0) / (y1 - y0)
+    column = np.searchsorted(x, crossing)  # the first x that it lies left of
+    toggles = np.bincount(row * (len(x) + 1) + column, minlength=len(y) * (len(x) + 1))
+    return (toggles.reshape(len(y), -1)[:, :-1].cumsum(axis=1) % 2).astype(np.uint8)
+
+
+def paste_mask(mask, box, height, width):
+    """A mask (m, m) in 0..1 of a box (4,) xyxy, in image pixels, as COCO's compressed run-length code of the image.
+
+    A pixel is the object's where the mask, bilinearly at the pixel's centre, is above 0.5; beyond its outer cells the
+    mask falls to 0 within half a cell past the box, as where it is padded. Only the box's own pixels are computed.
+    """
+    low = np.floor(box[:2]).clip(0, (width, height)).astype(int)
+    high = np.ceil(box[2:]).clip(low, (width, height)).astype(int)
+    side = len(mask)
+    tents = []
+    for axis in (0, 1):  # bilinear interpolation is a product of a matrix per axis
+        pixels = np.arange(low[axis], high[axis]) + 0.5
+        place = (pixels - box[axis]) * (side / max(box[axis + 2] - box[axis], MIN_SIDE)) - 0.5
+        tents.append((1 - np.abs(place[:, None] - np.arange(side))).clip(0).astype(np.float32))
+    inside = tents[0] @ np.asarray(mask, dtype=np.float32).T @ tents[1].T > 0.5  # (w, h): columns are contiguous
+    column, row = np.nonzero(np.diff(inside.astype(np.int8), axis=1, prepend=0, append=0))
+    changes = (low[0] + column) * height + low[1] + row  # of the whole image's pixels, column by column
+    same = np.flatnonzero(changes[1:] == changes[:-1])  # a run that goes on into the next column
+    counts = np.diff(np.delete(changes, [same, same + 1]), prepend=0, append=height * width)
+    counts = counts[: len(counts) - (counts[-1] == 0)]
+    return coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+
+
 class Annotations(NamedTuple):
     """One split as packed arrays, which forked workers share: no Python object is kept per annotation.
 
-    The objects of image i are the rows first[i] to first[i + 1] of boxes, labels, crowd and area.
+    The objects of image i are the rows first[i] to first[i + 1] of boxes, labels, crowd and area, and of masks.
     """
 
     folder: str
@@ -85,16 +209,21 @@ class Annotations(NamedTuple):
     labels: np.ndarray  # (M,) int64 in 0..K-1
     crowd: np.ndarray  # (M,) bool
     area: np.ndarray  # (M,) float64: of the segmentation
+    masks: Masks | None = None
     broken: tuple = ()  # ids of the annotations that were dropped
 
     def path(self, i):
         """Where the file of image i is."""
         return os.path.join(self.folder, os.fsdecode(bytes(self.files[i])))
 
+    def rows(self, i):
+        """The rows (n,) of image i's objects, crowds left out."""
+        rows = np.arange(self.first[i], self.first[i + 1])
+        return rows[~self.crowd[rows]]
+
     def objects(self, i):
         """Boxes (n, 4) xyxy float64, clipped to the image, and labels (n,) of image i, crowds left out."""
-        rows = np.arange(self.first[i], self.first[i + 1])
-        rows = rows[~self.crowd[rows]]
+        rows = self.rows(i)
         x, y, w, h = self.boxes[rows].T
         boxes = np.stack((x, y, x + w, y + h), axis=1)
         return boxes.clip(0, [self.widths[i], self.heights[i]] * 2), self.labels[rows]
@@ -102,12 +231,10 @@ class Annotations(NamedTuple):
     def select(self, images):
         """The same split with only these images (indices, ascending)."""
         images = np.asarray(images, dtype=np.int64)
-        owner = np.repeat(np.arange(len(self.ids)), np.diff(self.first))  # (M,) the image of each object
-        rows = np.isin(owner, images)
-        counts = np.diff(self.first)[images]
+        rows, first = ragged_rows(self.first, images)
         fields = {name: getattr(self, name)[images] for name in ("ids", "files", "heights", "widths")}
         fields |= {name: getattr(self, name)[rows] for name in ("boxes", "labels", "crowd", "area")}
-        return self._replace(first=np.concatenate(([0], counts.cumsum())), **fields)
+        return self._replace(first=first, masks=self.masks and self.masks.select(rows), **fields)
 
     def positives(self):
         """(N,) number of objects that are not crowds, by image."""
@@ -141,9 +268,10 @@ def require_split(root, split):
     return path, folder
 
 
-def load_annotations(root, split=TRAIN):
+def load_annotations(root, split=TRAIN, masks=False):
     """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
 
+    With `masks`, segmentations are kept, and an object without one is broken.
     Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
     is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
     """
@@ -168,13 +296,15 @@ def load_annotations(root, split=TRAIN):
     owner = np.searchsorted(ids, owner)
     boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
     area = np.array([numbers([o.get("area")], 1)[0] for o in objects], dtype=np.float64)
-    broken = broken_objects(objects, boxes, heights[owner], widths[owner])
+    broken = broken_objects(objects, boxes, heights[owner], widths[owner], masks)
     broken_ids = tuple(object_ids[k] for k in np.flatnonzero(broken))
     if len(broken_ids) > MAX_BROKEN * len(objects):
         raise UserError(
             f"{path}: {len(broken_ids)} of {len(objects)} objects are broken, such as annotation ids "
             f"{list(broken_ids[:5])}: a bbox must be [x, y, width, height] in pixels (not two corners) with positive "
-            "sides inside its image, a polygon [x1, y1, x2, y2, ...] 3 points, an RLE its image's size; correct them"
+            "sides inside its image, a polygon [x1, y1, x2, y2, ...] 3 points, an RLE its image's size"
+            + (", and every object a segmentation, without which only --head retinanet can be trained" if masks else "")
+            + "; correct them"
         )
     rows = np.flatnonzero(~broken)
     rows = rows[np.argsort(owner[rows], kind="stable")]
@@ -192,6 +322,7 @@ def load_annotations(root, split=TRAIN):
         labels=np.searchsorted(category_ids, category[rows]),
         crowd=np.array([bool(objects[k].get("iscrowd")) for k in rows], dtype=bool),
         area=np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])[rows],
+        masks=Masks.pack([objects[k]["segmentation"] for k in rows]) if masks else None,
         broken=broken_ids,
     )
 
@@ -260,24 +391,28 @@ def file_names(images, ids, folder, path):
     return names
 
 
-def broken_objects(objects, boxes, heights, widths):
-    """(M,) bool: no finite box of positive sides at least half of which is in its image, or an unsound mask."""
+def broken_objects(objects, boxes, heights, widths, masks):
+    """(M,) bool: no finite box of positive sides at least half of which is in its image, or an unsound mask, or none
+    where `masks` are needed."""
     x, y, w, h = boxes.T
     with np.errstate(invalid="ignore"):
         visible_w = (np.minimum(x + w, widths) - np.maximum(x, 0)).clip(0)
         visible_h = (np.minimum(y + h, heights) - np.maximum(y, 0)).clip(0)
         sound = (w > 0) & (h > 0) & (visible_w * visible_h >= w * h / 2)  # NaN compares false
-    masks = [sound_mask(o.get("segmentation"), size) for o, size in zip(objects, zip(heights, widths))]
-    return ~(sound & np.array(masks, dtype=bool))
+    sizes = zip(heights.tolist(), widths.tolist())
+    sound_masks = [sound_mask(o.get("segmentation"), size, masks) for o, size in zip(objects, sizes)]
+    return ~(sound & np.array(sound_masks, dtype=bool))
 
 
-def sound_mask(segmentation, size):
-    """Polygons of 3 points or more, a run-length code of the image's (height, width), or nothing at all."""
-    if isinstance(segmentation, dict):
-        return "counts" in segmentation and numbers(segmentation.get("size"), 2) == list(size)
+def sound_mask(segmentation, size, needed):
+    """Polygons of 3 points or more, run lengths of the image's (height, width), or, if not `needed`, nothing at all."""
     try:
-        return all(len(p) >= 6 and len(p) % 2 == 0 and math.isfinite(sum(p)) for p in segmentation or ())
-    except TypeError:
+        if isinstance(segmentation, dict):
+            sized = numbers(segmentation["size"], 2) == list(size)
+            return sized and (not needed or run_lengths(segmentation["counts"]).sum() == size[0] * size[1])
+        polygons = all(len(p) >= 6 and len(p) % 2 == 0 and math.isfinite(sum(p)) for p in segmentation or ())
+        return polygons and bool(segmentation or not needed)
+    except (TypeError, ValueError, KeyError, OverflowError):
         return False
 
 
@@ -292,11 +427,14 @@ class View(NamedTuple):
     height: int
     flip: bool = False
 
+    def clip(self, boxes):
+        """Source boxes (n, 4) xyxy, clipped to the region."""
+        return boxes.clip([self.left, self.top] * 2, [self.right, self.bottom] * 2)
+
     def boxes(self, boxes):
         """Source boxes (n, 4) xyxy -> boxes (n, 4) in the network's input, clipped to the region."""
         scale = np.array([self.width / (self.right - self.left), self.height / (self.bottom - self.top)] * 2)
-        boxes = (boxes - [self.left, self.top] * 2) * scale
-        boxes = boxes.clip(0, [self.width, self.height] * 2)
+        boxes = (self.clip(boxes) - [self.left, self.top] * 2) * scale
         if self.flip:
             boxes[:, [0, 2]] = self.width - boxes[:, [2, 0]]
         return boxes
@@ -376,7 +514,9 @@ class TrainSet(Dataset):
     """Training samples as a pure function of (seed, n): dataset[n] is image perm(n // N)[n mod N] of epoch n // N.
 
     A sample is a dict: image uint8 (3, S, S) RGB; boxes (100, 4) float32 xyxy and labels (100,) int64, padded
-    with zeros and -1; sample, the number n. Only crowds and boxes outside the window are left out.
+    with zeros and -1; noise, 32 random bits from which the model draws anchors and RoIs; and, if the annotations have
+    masks, masks (100, 112, 112) uint8, each inside its own clipped box. Only crowds and boxes outside the window are
+    left out.
     """
 
     def __init__(self, annotations, size, jitter, flip=True, seed=0):
@@ -393,16 +533,22 @@ class TrainSet(Dataset):
         # image + 1, because (seed, epoch, 0) is the same seed to numpy as (seed, epoch).
         rng = np.random.default_rng((self.seed, epoch, i + 1))
         view = draw_view(rng, int(a.heights[i]), int(a.widths[i]), self.size, self.jitter, self.flip)
-        boxes, labels = a.objects(i)
-        boxes = view.boxes(boxes).astype(np.float32)  # before the comparison: rounding can close a sliver
+        source_boxes, labels = a.objects(i)
+        boxes = view.boxes(source_boxes).astype(np.float32)  # before the comparison: rounding can close a sliver
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1))
         if len(kept) > MAX_OBJECTS:
             kept = np.sort(rng.choice(kept, MAX_OBJECTS, replace=False))
-        targets = torch.zeros(MAX_OBJECTS, 4), torch.full((MAX_OBJECTS,), -1)
-        targets[0][: len(kept)] = torch.from_numpy(boxes[kept])
-        targets[1][: len(kept)] = torch.from_numpy(labels[kept])
-        image = view.image(read_checked(a, i), self.size)
-        return {"image": image, "boxes": targets[0], "labels": targets[1], "sample": n}
+        noise = int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0])
+        sample = {"boxes": torch.zeros(MAX_OBJECTS, 4), "labels": torch.full((MAX_OBJECTS,), -1), "noise": noise}
+        sample["boxes"][: len(kept)] = torch.from_numpy(boxes[kept])
+        sample["labels"][: len(kept)] = torch.from_numpy(labels[kept])
+        if a.masks is not None:
+            sample["masks"] = torch.zeros(MAX_OBJECTS, MASK_SIDE, MASK_SIDE, dtype=torch.uint8)
+            rows, visible = a.rows(i)[kept], view.clip(source_boxes[kept])
+            for k, (row, box) in enumerate(zip(rows, visible)):
+                mask = a.masks.crop(row, box, int(a.heights[i]))
+                sample["masks"][k] = torch.from_numpy(mask[:, ::-1].copy() if view.flip else mask)
+        return sample | {"image": view.image(read_checked(a, i), self.size)}
 
 
 class TestSet(Dataset):
@@ -444,14 +590,20 @@ def own_process_group(worker):
 PALETTE = ((230, 60, 60), (60, 160, 240), (60, 200, 90), (240, 190, 40), (190, 90, 220), (40, 200, 200), (250, 130, 40))
 
 
-def draw_objects(image, boxes, labels, names, scores=None):
-    """uint8 (3, H, W) with boxes (n, 4) xyxy drawn in their class's colour and named, with scores if given."""
+def draw_objects(image, boxes, labels, names, scores=None, masks=None):
+    """uint8 (3, H, W) with boxes (n, 4) xyxy drawn in their class's colour and named, with scores and masks if given.
+
+    masks (n, m, m): numbers in 0..1 inside each box.
+    """
     if not len(boxes):
         return image
     texts = [names[k] for k in labels.tolist()]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
+    for mask, box, colour in zip(() if masks is None else masks, boxes.numpy(), colours):
+        pixels = coco_mask.decode(paste_mask(mask, box, *image.shape[1:]))
+        image = draw_segmentation_masks(image, torch.from_numpy(pixels).bool(), alpha=0.5, colors=[colour])
     return draw_bounding_boxes(
         image, boxes, texts, colours, width=2, label_colors="black", label_background_colors=colours, fill_labels=True
     )
@@ -634,13 +786,14 @@ def check(annotations):
 
 
 def show(dataset, count, out):
-    """Write the first `count` augmented samples, with their boxes, as PNG files."""
+    """Write the first `count` augmented samples, with their boxes and masks, as PNG files."""
     make_folder(out)
     names = [name for _, name in dataset.annotations.categories]
     for n in range(count):
         sample = dataset[n]
         real = sample["labels"] >= 0
-        drawn = draw_objects(sample["image"], sample["boxes"][real], sample["labels"][real], names)
+        masks = sample["masks"][real] if "masks" in sample else None
+        drawn = draw_objects(sample["image"], sample["boxes"][real], sample["labels"][real], names, masks=masks)
         Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(out / f"{n:03d}.png")
     print(f"wrote {count} samples to {out}")
 
@@ -670,8 +823,9 @@ def main(argv=None):
         "--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)"
     )
     parser.add_argument("--split", default=TRAIN, help=f"default {TRAIN}")
+    parser.add_argument("--masks", action="store_true", help="with masks, as Mask R-CNN is trained")
     parser.add_argument("--check", action="store_true", help="decode every image and list the bad ones")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="write N augmented samples with their boxes")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="write N augmented samples with their objects")
     parser.add_argument("--bench", action="store_true", help="images per second on one core")
     parser.add_argument("--size", type=int, default=640, help="side of the network's input (default 640)")
     parser.add_argument("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar=("LOW", "HIGH"))
@@ -679,7 +833,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/show"), help="where --show writes (default runs/show)")
     args = parser.parse_args(argv)
 
-    annotations = load_annotations(resolve_root(args.data), args.split)
+    annotations = load_annotations(resolve_root(args.data), args.split, args.masks)
     print(f"{args.split}: {annotations.summary()}")
     dataset = TrainSet(annotations, args.size, args.jitter, seed=args.seed)
     if args.show:

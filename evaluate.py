@@ -1,6 +1,7 @@
 """How good is it, and what does it see? COCO metrics, pictures, prediction on any image (paper section 5).
 
 Boxes are xyxy float pixels: of the network's input inside the model, of the original image from `to_original` on.
+Masks are 28 x 28 probabilities inside their boxes until `paste_mask` makes run lengths of the original image of them.
 
     python evaluate.py --weights runs/x/best.pt --data data/coco               COCO's twelve lines, results.json
     torchrun --nproc_per_node 8 evaluate.py --weights ... --data ...           the same on 8 GPUs
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.utils import make_grid
@@ -37,12 +39,14 @@ from data import (
     make_folder,
     make_loader,
     one_sentence,
+    paste_mask,
     read_checked,
     read_image,
     resolve_root,
 )
 from model import ARCHS, HEADS, build_model
 
+KINDS = {"bbox": "", "segm": "mask_"}  # what COCO compares: the prefix of the metrics' names
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation
 CHECKPOINT_KEYS = {"model", "optimizer", "scaler", "step", "evaluated", "best", "skipped", "recipe", "categories"}
@@ -144,22 +148,51 @@ def load_checkpoint(path):
 def load_model(checkpoint, place):
     """The detector that a checkpoint describes, in evaluation mode, on its device."""
     recipe = checkpoint["recipe"]
-    detector = build_model(recipe["arch"], recipe["head"], len(checkpoint["categories"]), recipe["activation"])
+    classes = len(checkpoint["categories"])
+    detector = build_model(recipe["arch"], recipe["head"], classes, activation=recipe["activation"])
     detector.load_state_dict(checkpoint["model"])
     return place.move(detector).eval()
 
 
+class Objects(NamedTuple):
+    """What is found, or known to be, in an image, in its own pixels."""
+
+    boxes: np.ndarray  # (n, 4) float64 xyxy
+    labels: np.ndarray  # (n,)
+    scores: np.ndarray | None = None  # (n,)
+    masks: np.ndarray | list | None = None  # (n, m, m) inside the boxes; or n run-length codes of the image
+
+    def surer(self, score):
+        """Those of at least this score."""
+        return Objects(*(part if part is None else part[self.scores >= score] for part in self))
+
+    def pasted(self, height, width):
+        """The same with masks as COCO's run-length codes of the image, made one at a time."""
+        if self.masks is None:
+            return self
+        return self._replace(masks=[paste_mask(*pair, height, width) for pair in zip(self.masks, self.boxes)])
+
+
 def to_original(found, width, height, size):
-    """One image's detections as numpy arrays, its boxes moved to the original image's pixels."""
+    """One image's detections as Objects: to numpy, the boxes to the original image's pixels."""
     view = full_view(height, width, size)
     scale = np.array([width / view.width, height / view.height] * 2)
-    boxes = found["boxes"].cpu().double().numpy() * scale  # (n, 4)
-    return boxes, found["scores"].cpu().numpy(), found["labels"].cpu().numpy()
+    found = {name: value.cpu().numpy() for name, value in found.items()}
+    return Objects(**found | {"boxes": found["boxes"].astype(np.float64) * scale})
+
+
+def known_objects(annotations, i):
+    """The ground truth of image i as Objects, crowds left out."""
+    boxes, labels = annotations.objects(i)
+    if annotations.masks is None:
+        return Objects(boxes, labels)
+    rows = zip(annotations.rows(i), boxes)
+    return Objects(boxes, labels, None, [annotations.masks.crop(m, b, int(annotations.heights[i])) for m, b in rows])
 
 
 @torch.no_grad()
 def detect_all(model, annotations, size, place, micro_batch, workers):
-    """{index: (boxes (n, 4), scores (n,), labels (n,))} of this rank's images, every world-th of them."""
+    """{index: Objects} of this rank's images, every world-th of them; masks as run-length codes."""
     mine = list(range(place.rank, len(annotations.ids), place.world))
     batches = [mine[k : k + micro_batch] for k in range(0, len(mine), micro_batch)]
     loader = make_loader(TestSet(annotations, size), batches, workers, place.device.type == "cuda")
@@ -168,15 +201,17 @@ def detect_all(model, annotations, size, place, micro_batch, workers):
         with place.autocast():
             detections = model(place.move(batch["image"]), sizes=batch["region"])
         for i, detection in zip(batch["index"].tolist(), detections):
-            found[i] = to_original(detection, int(annotations.widths[i]), int(annotations.heights[i]), size)
+            width, height = int(annotations.widths[i]), int(annotations.heights[i])
+            found[i] = to_original(detection, width, height, size).pasted(height, width)
     return found
 
 
 def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categories=None, out=None, per_class=False):
-    """COCO's box metrics of a model on one split: {"AP": ..., ...}, the same on every rank.
+    """COCO's metrics of a model on one split: {"AP": ..., ...}, the same on every rank.
 
-    Rank 0 prints COCO's twelve lines and, given `out`, writes results.json there. `categories` are the model's,
-    if they are not the data set's. Every image is seen once, whatever the number of ranks.
+    Rank 0 prints COCO's twelve lines, for boxes and, if the annotations have masks, for masks ("mask_AP", ...), and,
+    given `out`, writes results.json there. `categories` are the model's, if they are not the data set's. Every image
+    is seen once, whatever the number of ranks.
     """
     was_training = model.training
     model.eval()
@@ -202,16 +237,24 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
 
 
 def coco_results(found, annotations, categories):
-    """COCO's result dicts: original image and category ids, xywh in original pixels."""
+    """COCO's result dicts: original image and category ids, xywh in original pixels, masks as run-length codes."""
     results = []
     for i in sorted(found):
-        boxes, scores, labels = found[i]
-        boxes = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
-        for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
-            results.append(
-                {"image_id": int(annotations.ids[i]), "category_id": categories[label][0], "bbox": box, "score": score}
-            )
+        image = {"image_id": int(annotations.ids[i])}
+        results += [image | row for row in result_rows(found[i], categories)]
     return results
+
+
+def result_rows(objects, categories):
+    """COCO's result dicts of one image, whose id is still to be added; masks have been pasted."""
+    boxes = np.concatenate((objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]), axis=1)
+    rows = [
+        {"category_id": categories[label][0], "bbox": box, "score": score}
+        for label, box, score in zip(objects.labels.tolist(), boxes.tolist(), objects.scores.tolist())
+    ]
+    for row, code in zip(rows, objects.masks or ()):
+        row["segmentation"] = {"size": list(code["size"]), "counts": code["counts"].decode()}
+    return rows
 
 
 def coco_index(annotations, objects):
@@ -219,7 +262,10 @@ def coco_index(annotations, objects):
     index = COCO()
     index.dataset = {
         "info": {},
-        "images": [{"id": i} for i in annotations.ids.tolist()],
+        "images": [
+            {"id": i, "height": h, "width": w}
+            for i, h, w in zip(annotations.ids.tolist(), annotations.heights.tolist(), annotations.widths.tolist())
+        ],
         "categories": [{"id": k, "name": name} for k, name in annotations.categories],
         "annotations": [o | {"id": k + 1} for k, o in enumerate(objects)],
     }
@@ -229,45 +275,67 @@ def coco_index(annotations, objects):
 
 def ground_truth(annotations):
     """A split's objects, crowds included, as COCO annotation dicts."""
-    owner = np.repeat(annotations.ids, np.diff(annotations.first)).tolist()
-    ids = [annotations.categories[label][0] for label in annotations.labels.tolist()]
-    rows = zip(owner, ids, annotations.boxes.tolist(), annotations.area.tolist(), annotations.crowd.tolist())
-    return [
+    a = annotations
+    owner = np.repeat(np.arange(len(a.ids)), np.diff(a.first)).tolist()
+    ids = [a.categories[label][0] for label in a.labels.tolist()]
+    rows = zip(a.ids[owner].tolist(), ids, a.boxes.tolist(), a.area.tolist(), a.crowd.tolist())
+    objects = [
         {"image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": int(crowd)}
         for image, category, box, area, crowd in rows
     ]
+    if a.masks is not None:
+        for m, (o, i) in enumerate(zip(objects, owner)):
+            o["segmentation"] = a.masks.coco(m, int(a.heights[i]), int(a.widths[i]))
+    return objects
 
 
 def coco_metrics(annotations, results, per_class=False):
-    """Print COCO's twelve lines for result dicts on a split; {"AP": ..., ..., "ARl": ...}."""
+    """Print COCO's twelve lines for result dicts on a split; {"AP": ..., ..., "ARl": ...}.
+
+    If the annotations have masks, twelve more for them, called "mask_AP" and so on.
+    """
     if annotations.crowd.all():
         print("warning: the split has no objects to find, so AP is -1")
     elif not results:
         print("warning: there is not one detection above the score threshold, so AP is 0")
+    metrics, truth = {}, ground_truth(annotations)
+    for kind in KINDS if annotations.masks is not None else ("bbox",):
+        if annotations.masks is not None:
+            print(kind.capitalize())
+        judge = coco_judge(annotations, truth, results, kind)
+        judge.summarize()
+        metrics |= {KINDS[kind] + name: value for name, value in zip(METRICS, judge.stats.tolist())}
+        if per_class:
+            precision = judge.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, K), all areas, 100 detections
+            for k, (_, name) in enumerate(annotations.categories):
+                valid = precision[..., k][precision[..., k] > -1]
+                print(f" {name:<20} AP = {valid.mean() if len(valid) else -1:.3f}")
+    return metrics
+
+
+def coco_judge(annotations, truth, results, kind):
+    """pycocotools' COCOeval of one kind, accumulated. A detection's area is that of what is compared: box or mask."""
+    areas = [r["bbox"][2] * r["bbox"][3] for r in results]
+    if kind == "segm" and results:
+        areas = coco_mask.area([r["segmentation"] for r in results]).tolist()
+    objects = [r | {"area": area, "iscrowd": 0} for r, area in zip(results, areas)]
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco_index(annotations, ground_truth(annotations))
-        objects = [r | {"area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for r in results]
-        judge = COCOeval(truth, coco_index(annotations, objects), "bbox")
+        judge = COCOeval(coco_index(annotations, truth), coco_index(annotations, objects), kind)
         judge.evaluate()
         judge.accumulate()
-    judge.summarize()
-    if per_class:
-        precision = judge.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, K), all areas, 100 detections
-        for k, (_, name) in enumerate(annotations.categories):
-            valid = precision[..., k][precision[..., k] > -1]
-            print(f" {name:<20} AP = {valid.mean() if len(valid) else -1:.3f}")
-    return dict(zip(METRICS, judge.stats.tolist()))
+    return judge
 
 
-def panel(image, boxes, labels, names, scores=None):
-    """A PIL image and original-pixel boxes drawn on a GRID_SIDE square, uint8 (3, GRID_SIDE, GRID_SIDE)."""
+def panel(image, objects, names):
+    """A PIL image and its objects drawn on a GRID_SIDE square, uint8 (3, GRID_SIDE, GRID_SIDE)."""
     view = full_view(image.height, image.width, GRID_SIDE)
-    return draw_objects(view.image(image, GRID_SIDE), torch.from_numpy(view.boxes(boxes)), labels, names, scores)
+    objects = objects._replace(boxes=torch.from_numpy(view.boxes(objects.boxes)))
+    return draw_objects(view.image(image, GRID_SIDE), names=names, **objects._asdict())
 
 
 @torch.no_grad()
 def see(model, image, size, place):
-    """Boxes (n, 4) in the image's own pixels, scores (n,), labels (n,) of one PIL image."""
+    """The detections on one PIL image, as Objects."""
     view = full_view(image.height, image.width, size)
     region = torch.tensor([[view.height, view.width]], dtype=torch.float32)
     with place.autocast():
@@ -283,10 +351,8 @@ def write_grid(model, annotations, size, place, path):
     count, panels = min(GRID_IMAGES, len(annotations.ids)), []
     for i in np.linspace(0, len(annotations.ids) - 1, count).astype(int).tolist():
         image = read_checked(annotations, i)
-        panels.append(panel(image, *annotations.objects(i), names))
-        boxes, scores, labels = see(model, image, size, place)
-        sure = scores >= GRID_SCORE
-        panels.append(panel(image, boxes[sure], labels[sure], names, scores[sure]))
+        for objects in (known_objects(annotations, i), see(model, image, size, place).surer(GRID_SCORE)):
+            panels.append(panel(image, objects, names))
     model.train(was_training)
     grid = make_grid(torch.stack(panels), nrow=4, padding=4, pad_value=255)
     Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
@@ -299,17 +365,16 @@ def predict(model, source, out, categories, size, place, score):
         files = sorted(p for p in source.iterdir() if p.suffix.lower() in Image.registered_extensions())
     if not files or not files[0].is_file():
         raise UserError(f"--images {source}: no image there")
-    names, rows = [name for _, name in categories], []
+    names, rows = dict(categories), []
     for file in files:
         image = ImageOps.exif_transpose(read_image(file, "--images"))  # a photo is shown upright
-        boxes, scores, labels = see(model, image, size, place)
-        boxes, scores, labels = (part[scores >= score] for part in (boxes, scores, labels))
+        objects = see(model, image, size, place).surer(score)
         drawn = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        drawn = draw_objects(drawn, torch.from_numpy(boxes), labels, names, scores)
+        boxes = {"boxes": torch.from_numpy(objects.boxes)}
+        drawn = draw_objects(drawn, names=list(names.values()), **objects._asdict() | boxes)
         Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(out / f"{file.name}.png")
-        for (x1, y1, x2, y2), s, k in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
-            row = {"file": file.name, "category_id": categories[k][0], "category": names[k]}
-            rows.append(row | {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": s})
+        for row in result_rows(objects.pasted(image.height, image.width), categories):
+            rows.append({"file": file.name, "category": names[row["category_id"]]} | row)
     (out / "predictions.json").write_text(json.dumps(rows, indent=1))
     print(f"{len(rows)} objects of score >= {score} on {len(files)} images: {out}")
 
@@ -349,16 +414,17 @@ def main(argv=None):
     if args.micro_batch <= 0 or args.workers < 0:
         raise UserError("--micro-batch must be positive, --workers not negative")
     checkpoint = load_checkpoint(args.weights)
-    categories, size = checkpoint["categories"], checkpoint["recipe"]["size"]
+    categories, recipe = checkpoint["categories"], checkpoint["recipe"]
     out = args.out or args.weights.parent / ("seen" if args.images else "")
     annotations = None
     if not args.images:
-        annotations = load_annotations(resolve_root(args.data), args.split)
+        annotations = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks)
         annotations = annotations.select(range(len(annotations.ids))[: args.limit])
         check_categories(annotations, categories, args.weights)
     place = start(args.device, args.amp)
     detector = load_model(checkpoint, place)
     make_folder(out)
+    size = recipe["size"]
     if args.images:
         predict(detector, args.images, out, categories, size, place, args.score)
     else:

@@ -58,6 +58,8 @@ class Protocol:
     batch_size: int = 256  # global: over all devices and accumulation steps
     lr: float = 0.28  # per 256 images
     clip: float = 10.0  # global norm of the gradient
+    rois: int = 512  # Mask R-CNN: regions of interest per image
+    mask_rois: int = 128  # and how many of them may be foreground, the ones that get masks
     flip: bool = True
     bn_momentum: float = BN_MOMENTUM
     eval_every: int = 10  # epochs
@@ -67,12 +69,16 @@ PROTOCOLS = {
     "A": Protocol((0.8, 1.2), 250, drop_rate=0.1),
     "B": Protocol((0.5, 2.0), 350),
     "C": Protocol((0.5, 2.0), 500, activation="swish", drop_path=0.2),
-    "toy": Protocol((0.8, 1.2), 26, batch_size=16, lr=1.2, eval_every=13),  # not in the paper: for shapes on a CPU
+    # Not in the paper: for shapes on a CPU.
+    "toy": Protocol((0.8, 1.2), 26, batch_size=16, lr=1.2, rois=64, mask_rois=16, eval_every=13),
 }
+# What a head changes in every protocol (authors' yaml files): Mask R-CNN's gradient is not clipped.
+HEAD_FIELDS = {"retinanet": {}, "mask_rcnn": dict(clip=math.inf)}
 # What the authors' yaml files change for one arch, by (protocol, arch, head).
 EXCEPTIONS = {
     ("C", "143", "retinanet"): dict(jitter=(0.1, 1.9), drop_path=0.16),
     ("C", "190", "retinanet"): dict(jitter=(0.1, 1.9), epochs=400, lr=0.3),
+    ("C", "190", "mask_rcnn"): dict(jitter=(0.1, 2.0), epochs=400),
 }
 # What --overfit changes in any protocol. In few steps a momentum of 0.01 does not forget batch norm's initial variance.
 OVERFIT = dict(jitter=(1.0, 1.0), flip=False, epochs=400, eval_every=100, bn_momentum=0.1)
@@ -87,12 +93,22 @@ SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
 
 # Images of one micro-batch on a device, at the size given; other sizes scale by area.
 MICRO_BATCH = {
-    "49S": (640, 32),
-    "49": (640, 16),
-    "96": (1024, 8),
-    "143": (1280, 2),
-    "190": (1280, 1),
-    "tiny": (640, 64),
+    "retinanet": {
+        "49S": (640, 32),
+        "49": (640, 16),
+        "96": (1024, 8),
+        "143": (1280, 2),
+        "190": (1280, 1),
+        "tiny": (640, 64),
+    },
+    "mask_rcnn": {
+        "49S": (640, 16),
+        "49": (640, 16),
+        "96": (1024, 4),
+        "143": (1280, 2),
+        "190": (1536, 1),
+        "tiny": (640, 32),
+    },
 }
 SAVE_SECONDS = 15 * 60
 PRINT_EVERY = 50  # steps
@@ -221,9 +237,9 @@ def parse_args(argv=None):
 
 
 def resolve(args):
-    """The recipe as a plain dict: the protocol's row, its exception for this arch and head, --overfit, the flags."""
+    """The recipe as a plain dict: the protocol's row, the head's, their exception for an arch, --overfit, the flags."""
     fields = dataclasses.asdict(PROTOCOLS[args.protocol])
-    fields |= EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
+    fields |= HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
     if args.overfit:
         fields |= OVERFIT | {"batch_size": args.overfit}
     flags = ("batch_size", "epochs", "lr", "jitter", "eval_every")
@@ -252,7 +268,7 @@ def split_batch(recipe, micro_batch, place):
     if rest:
         raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
     if micro_batch is None:
-        size, fits = MICRO_BATCH[recipe["arch"]]
+        size, fits = MICRO_BATCH[recipe["head"]][recipe["arch"]]
         fits = max(int(fits * (size / recipe["size"]) ** 2), 1)
         micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)
     if micro_batch <= 0 or share % micro_batch:
@@ -273,7 +289,8 @@ def load_splits(args, recipe, place):
     root = resolve_root(args.data)
     if place.world > 1 and place.rank == 0:
         dist.barrier()
-    train = load_annotations(root, TRAIN)
+    masks = HEADS[recipe["head"]].masks
+    train = load_annotations(root, TRAIN, masks)
     if recipe["overfit"]:
         chosen = np.flatnonzero(train.positives())[: recipe["overfit"]]
         if len(chosen) < recipe["overfit"]:
@@ -286,7 +303,7 @@ def load_splits(args, recipe, place):
         if place.rank == 0:
             print(f"{val_json} not found: evaluating on {TRAIN}")
         return train, train
-    val = load_annotations(root, VAL)
+    val = load_annotations(root, VAL, masks)
     if val.categories != train.categories:
         raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
     return train, val.select(range(len(val.ids))[: recipe["limit"]])
@@ -573,7 +590,7 @@ def prepare(args):
     train, val = load_splits(args, recipe, place)
 
     torch.manual_seed(recipe["seed"])
-    options = {name: recipe[name] for name in ("activation", "drop_path", "drop_rate")}
+    options = {name: recipe[name] for name in HEADS[recipe["head"]].options}
     detector = build_model(recipe["arch"], recipe["head"], len(train.categories), **options)
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
