@@ -315,10 +315,9 @@ def coco_metrics(annotations, results, per_class=False):
 
 def coco_judge(annotations, truth, results, kind):
     """pycocotools' COCOeval of one kind, accumulated. A detection's area is that of what is compared: box or mask."""
-    areas = [r["bbox"][2] * r["bbox"][3] for r in results]
-    if kind == "segm" and results:
-        areas = coco_mask.area([r["segmentation"] for r in results]).tolist()
-    objects = [r | {"area": area, "iscrowd": 0} for r, area in zip(results, areas)]
+    # One mask at a time: pycocotools 2.0.11 fails on lists of more than 255 under numpy 2.
+    area = {"bbox": lambda r: r["bbox"][2] * r["bbox"][3], "segm": lambda r: float(coco_mask.area(r["segmentation"]))}
+    objects = [r | {"area": area[kind](r), "iscrowd": 0} for r in results]
     with contextlib.redirect_stdout(io.StringIO()):
         judge = COCOeval(coco_index(annotations, truth), coco_index(annotations, objects), kind)
         judge.evaluate()

@@ -242,6 +242,8 @@ def resolve(args):
     fields |= HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
     if args.overfit:
         fields |= OVERFIT | {"batch_size": args.overfit}
+    others = {name for head in HEADS.values() for name in head.options} - set(HEADS[args.head].options)
+    fields = {name: value for name, value in fields.items() if name not in others}
     flags = ("batch_size", "epochs", "lr", "jitter", "eval_every")
     fields |= {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     kept = ("arch", "size", "protocol", "head", "seed", "overfit", "limit")

@@ -42,6 +42,15 @@ def run(shapes, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def mask_run(shapes, tmp_path_factory):
+    """The same for Mask R-CNN, two steps of it."""
+    out = tmp_path_factory.mktemp("run") / "masks"
+    flags = "--arch tiny --size 128 --protocol toy --head mask_rcnn --limit 24 --workers 0 --device cpu".split()
+    train.main([*flags, "--epochs", "1", "--batch-size", "12", "--data", str(shapes), "--out", str(out)])
+    return out
+
+
 @pytest.fixture(autouse=True)
 def signals_restored():
     """train.main takes over SIGTERM and Ctrl-C; give them back to pytest."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
@@ -122,16 +123,21 @@ def test_any_number_of_processes_gives_the_same(shapes, tmp_path):
 def test_boxes_map_back_per_axis():
     """Oracle: by hand. 100 x 61 pixels become 128 x 78: the axes' factors differ by rounding."""
     found = {"boxes": torch.tensor([[0.0, 0, 128, 78]]), "scores": torch.ones(1), "labels": torch.zeros(1)}
-    boxes, _, _ = to_original(found, 100, 61, 128)
-    assert boxes.tolist() == [[0, 0, 100, 61]]
+    assert to_original(found, 100, 61, 128).boxes.tolist() == [[0, 0, 100, 61]]
 
 
-@pytest.fixture(scope="module")
-def lively(run, tmp_path_factory):
-    """A checkpoint that detects something everywhere: the run's, its class biases drawn anew."""
-    checkpoint = load_checkpoint(run / "last.pt")
+@pytest.fixture(scope="module", params=["retinanet", "mask_rcnn"])
+def lively(request, run, mask_run, tmp_path_factory):
+    """A checkpoint that detects something everywhere: a run's, its class biases drawn anew."""
     torch.manual_seed(0)
-    checkpoint["model"]["head.classes.predict.bias"] = torch.randn(9 * 6) - 2
+    if request.param == "retinanet":
+        checkpoint = load_checkpoint(run / "last.pt")
+        checkpoint["model"]["head.class_predict.bias"] = torch.randn(9 * 6) - 2
+    else:
+        checkpoint = load_checkpoint(mask_run / "last.pt")
+        checkpoint["model"]["box_head.class_predict.weight"] *= 0.1
+        checkpoint["model"]["box_head.class_predict.bias"] = torch.tensor([0.0, 1, 2, 3, 4, 5, 6]) / 3
+        checkpoint["model"]["mask_head.mask_predict.bias"] += 0.5
     path = tmp_path_factory.mktemp("lively") / "last.pt"
     torch.save(checkpoint, path)
     return path
@@ -144,18 +150,13 @@ def test_command_line(lively, shapes, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "evaluated 24/24 images" in out and re.search("^ disc +AP", out, re.M)
     model = load_model(load_checkpoint(lively), CPU)
-    evaluate(model, load_annotations(shapes, VAL), 128, CPU, micro_batch=16)
+    evaluate(model, load_annotations(shapes, VAL, masks=model.masks), 128, CPU, micro_batch=16)
     again = capsys.readouterr().out
     assert [x for x in out.splitlines() if "Average" in x] == [x for x in again.splitlines() if "Average" in x]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len({row["image_id"] for row in results}) == 24 and {row["category_id"] for row in results} <= {
-        1,
-        2,
-        4,
-        5,
-        9,
-        12,
-    }
+    assert len({row["image_id"] for row in results}) == 24
+    assert {row["category_id"] for row in results} <= {1, 2, 4, 5, 9, 12}
+    assert all(("segmentation" in row) == model.masks for row in results)
 
 
 def test_prediction_on_photos(lively, coco_sample, tmp_path, capsys):
@@ -176,6 +177,12 @@ def test_prediction_on_photos(lively, coco_sample, tmp_path, capsys):
     rows = json.loads((tmp_path / "seen" / "predictions.json").read_text())
     assert {row["file"] for row in rows} == {"turned.jpg", "grey.png"}
     assert all(row["score"] >= 0.1 and min(row["bbox"]) >= 0 for row in rows)
+    for row in rows:
+        if "segmentation" in row and row["file"] == "grey.png":
+            assert row["segmentation"]["size"] == [photo.height, photo.width]
+            x, y, w, h = coco_mask.toBbox(row["segmentation"])
+            left, top, width, height = row["bbox"]
+            assert x >= left - 1 and y >= top - 1 and x + w <= left + width + 1 and y + h <= top + height + 1
     for bad in (tmp_path / "none", tmp_path / "seen" / "none.jpg"):
         with pytest.raises(UserError, match="no image there"):
             main([*flags, "--images", str(bad)])
@@ -185,9 +192,11 @@ def test_predictions_equal_the_evaluation(lively, shapes):
     """Oracle: detect_all, an image at a time. A picture is seen as the evaluation sees it, to the last bit."""
     a = load_annotations(shapes, VAL)
     model = load_model(load_checkpoint(lively), CPU)
-    boxes, scores, labels = evaluation.detect_all(model, a, 128, CPU, 1, 0)[5]
-    again = evaluation.see(model, evaluation.read_checked(a, 5), 128, CPU)
-    assert len(scores) and all(map(np.array_equal, again, (boxes, scores, labels)))
+    found = evaluation.detect_all(model, a, 128, CPU, 1, 0)[5]
+    image = evaluation.read_checked(a, 5)
+    again = evaluation.see(model, image, 128, CPU).pasted(image.height, image.width)
+    assert len(found.scores) and found.masks == again.masks and (found.masks is not None) == model.masks
+    assert all(map(np.array_equal, again[:3], found[:3]))
 
 
 def test_picture_grid(shapes, tmp_path):

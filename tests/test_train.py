@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -16,12 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import train
 from data import TrainSet, UserError, load_annotations, make_loader, micro_batches
 from evaluate import Place, check_capability, finish, load_checkpoint
-from model import ARCHS, build_model
+from model import ARCHS, HEADS, build_model
 from train import PROTOCOLS, lr_at, main, make_optimizer, parse_args, read_step, resolve, save, split_batch, train_step
 
 ROOT = Path(train.__file__).parent
@@ -69,6 +71,7 @@ def test_protocols():
         ("swish", 0.2, 0),
     ]
     assert {(p.batch_size, p.lr, p.clip, p.flip) for p in (a, b, c)} == {(256, 0.28, 10.0, True)}
+    assert {(p.rois, p.mask_rois) for p in (a, b, c)} == {(512, 128)}
 
 
 def test_recipe_rows_exceptions_and_flags():
@@ -78,21 +81,25 @@ def test_recipe_rows_exceptions_and_flags():
     exception = recipe_of("--arch", 190, "--protocol", "C")
     assert (exception["epochs"], exception["lr"], exception["jitter"]) == (400, 0.3, [0.1, 1.9])
     assert recipe_of("--arch", 143, "--protocol", "C")["drop_path"] == 0.16
+    masks = recipe_of("--arch", 190, "--size", 1536, "--protocol", "C", "--head", "mask_rcnn")
+    assert (masks["epochs"], masks["lr"], masks["jitter"], masks["activation"]) == (400, 0.28, [0.1, 2.0], "swish")
+    assert (masks["clip"], masks["rois"], masks["mask_rois"], masks["drop_path"]) == (math.inf, 512, 128, 0.2)
+    assert default["clip"] == 10 and "rois" not in default and "mask_rois" not in default
     assert recipe_of("--arch", 143, "--jitter", 0.1, 1.9)["jitter"] == [0.1, 1.9]
     overfit = recipe_of("--overfit", 8, "--epochs", 7)
     assert (overfit["jitter"], overfit["flip"], overfit["batch_size"], overfit["epochs"]) == ([1, 1], False, 8, 7)
 
 
-def test_weight_decay_groups():
-    """Oracle: by hand. Decay 4e-5 on convolution weights only, never on a bias or batch norm."""
-    model = build_model("tiny", num_classes=3)
+@pytest.mark.parametrize("head", HEADS)
+def test_weight_decay_groups(head):
+    """Oracle: by hand. Decay 4e-5 on the weights of convolutions and linear layers, never on a bias or batch norm."""
+    model = build_model("tiny", head, 3)
     decayed, others = make_optimizer(model).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 4e-5 and others["weight_decay"] == 0 and decayed["momentum"] == 0.9
-    assert all("conv" in names[id(p)] or "predict" in names[id(p)] for p in decayed["params"])
-    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
+    assert {names[id(p)] for p in decayed["params"]} == {names[id(m.weight)] for m in layers}
     assert len(decayed["params"]) + len(others["params"]) == len(names)
-    assert sum("conv" in n and n.endswith("weight") for n in names.values()) + 2 == len(decayed["params"])
 
 
 def test_batch_is_split_the_same_everywhere():
@@ -100,6 +107,7 @@ def test_batch_is_split_the_same_everywhere():
     for world, micro, expected in ((8, None, 16), (1, None, 16), (8, 4, 4), (2, 128, 128), (32, None, 8)):
         assert split_batch(recipe_of(), micro, CPU._replace(world=world)) == expected
     assert split_batch(recipe_of("--batch-size", 224), 28, CPU._replace(world=8)) == 28
+    assert split_batch(recipe_of("--head", "mask_rcnn", "--arch", 96, "--size", 1024), None, CPU) == 4
 
 
 @pytest.mark.parametrize(
@@ -180,12 +188,15 @@ def equal(first, second):
     return first == second
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_resume_is_exact(how, shapes, tmp_path):
+@pytest.mark.parametrize(
+    "how, head, protocol",
+    [(signal.SIGKILL, "retinanet", "C"), (signal.SIGTERM, "retinanet", "C"), (signal.SIGKILL, "mask_rcnn", "toy")],
+)
+def test_resume_is_exact(how, head, protocol, shapes, tmp_path):
     """Oracle: the run that was not interrupted. Weights, momentum, best AP and log are the same to the last bit after a
-    kill or a polite stop in mid-epoch, with two workers, jitter and stochastic depth."""
-    flags = "--protocol C --batch-size 8 --micro-batch 4 --epochs 2 --eval-every 1 --workers 2".split()
-    command = [ROOT / "train.py", *TINY, *flags, "--data", shapes]
+    kill or a polite stop in mid-epoch, with two workers, jitter, stochastic depth or sampled RoIs."""
+    flags = "--batch-size 8 --micro-batch 4 --epochs 2 --eval-every 1 --workers 2".split()
+    command = [ROOT / "train.py", *TINY, *flags, "--head", head, "--protocol", protocol, "--data", shapes]
     python(*command, "--out", tmp_path / "straight")
     broken = tmp_path / "broken"
     victim = subprocess.Popen(
@@ -214,15 +225,20 @@ def test_resume_is_exact(how, shapes, tmp_path):
     assert [row["eval_step"] for row in logs[0] if "eval_step" in row] == [8, 16]
 
 
-def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank, training):
+def new_model(head):
+    options = {"rois": 32, "mask_rois": 8} if head == "mask_rcnn" else {}
+    return build_model("tiny", head, 6, **options)
+
+
+def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank, training, head):
     """Three steps of one of `world` processes; rank 0 saves the parameters it ends with."""
     torch.set_num_threads(1)
     place = CPU._replace(rank=rank, world=world)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}{micro}", rank=rank, world_size=world)
     torch.manual_seed(0)
-    annotations = load_annotations(root)
-    model = build_model("tiny", num_classes=len(annotations.categories)).train(training)
+    annotations = load_annotations(root, masks=HEADS[head].masks)
+    model = new_model(head).train(training)
     optimizer, scaler = make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     batch = world * micro * accumulate
@@ -231,7 +247,7 @@ def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank,
     def batches():
         for sample in loader:
             if empty_rank is not None:  # as if these images had no objects
-                half = sample["sample"] % (world * micro) // (world * micro // 2) == empty_rank
+                half = torch.arange(rank * micro, (rank + 1) * micro) // (world * micro // 2) == empty_rank
                 sample["boxes"][half], sample["labels"][half] = 0, -1
             yield sample
 
@@ -245,25 +261,27 @@ def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank,
     finish(place)
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("accumulate, empty_rank", [(1, None), (2, None), (1, 1)])
-def test_two_processes_equal_one(accumulate, empty_rank, shapes, tmp_path):
+def test_two_processes_equal_one(accumulate, empty_rank, head, shapes, tmp_path):
     """Oracle: a single process with twice the micro-batch. Parameters and losses after 3 steps agree, with accumulation
     on both sides, too, and where one rank has only images without objects (batch norm in evaluation mode)."""
     for world, micro in ((1, 4), (2, 2)):
-        arguments = (world, micro, accumulate, shapes, tmp_path, empty_rank, False)
+        arguments = (world, micro, accumulate, shapes, tmp_path, empty_rank, False, head)
         mp.spawn(steps_in_a_process, args=arguments, nprocs=world)
     (one, one_losses), (two, two_losses) = (torch.load(tmp_path / name) for name in ("1_4.pt", "2_2.pt"))
     torch.manual_seed(0)
-    start = build_model("tiny", num_classes=6).state_dict()
+    start = new_model(head).state_dict()
     moved = max((one[k] - start[k]).abs().max().item() for k in one if one[k].is_floating_point())
     assert moved > 1e-2
     assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=1e-6) for k in one)
     assert two_losses == pytest.approx(one_losses, rel=1e-5)
 
 
-def test_a_rank_with_only_empty_images(shapes, tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_a_rank_with_only_empty_images(head, shapes, tmp_path):
     """Oracle: it ends. In training mode, with one of two ranks seeing no object at all, losses stay finite."""
-    mp.spawn(steps_in_a_process, args=(2, 2, 1, shapes, tmp_path, 1, True), nprocs=2)
+    mp.spawn(steps_in_a_process, args=(2, 2, 1, shapes, tmp_path, 1, True, head), nprocs=2)
     state, losses = torch.load(tmp_path / "2_2.pt")
     assert all(value.isfinite().all() for value in state.values()) and losses["box"] > 0
 
@@ -283,10 +301,11 @@ def test_noise_depends_on_seed_step_and_micro_step(shapes):
     assert loss((0, 5)) == loss((0, 5)) != loss((0, 6)) != loss((1, 6))
 
 
-def test_torchrun(shapes, tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_torchrun(head, shapes, tmp_path):
     """Oracle: counting. Two processes train, evaluate every image once, resume, and log each step once."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    flags = "--batch-size 8 --eval-every 1 --workers 1".split()
+    flags = f"--batch-size 8 --eval-every 1 --workers 1 --head {head}".split()
     command = [*launch, ROOT / "train.py", *TINY, *flags, "--data", shapes, "--out", tmp_path / "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     out = python(*command, "--epochs", 1, env=environment)
@@ -379,21 +398,41 @@ def test_all_ranks_see_one_rank_stop_or_diverge(tmp_path):
     mp.spawn(ask_to_stop, args=(2, tmp_path), nprocs=2)
 
 
-def test_weights_of_other_classes(run, shapes, tmp_path, capsys):
-    """Oracle: by hand. What fits is taken; the class layer is new and named; a bad file or another arch is refused."""
-    renamed = tmp_path / "renamed"
+def renamed_shapes(shapes, folder):
+    """The generated set with other category names."""
     for split in ("train2017", "val2017"):
         path = shapes / "annotations" / f"instances_{split}.json"
         content = json.loads(path.read_text())
         for category in content["categories"]:
             category["name"] = "other " + category["name"]
-        (renamed / "annotations").mkdir(parents=True, exist_ok=True)
-        (renamed / "annotations" / path.name).write_text(json.dumps(content))
-        (renamed / split).symlink_to(shapes / split)
+        (folder / "annotations").mkdir(parents=True, exist_ok=True)
+        (folder / "annotations" / path.name).write_text(json.dumps(content))
+        (folder / split).symlink_to(shapes / split)
+    return folder
+
+
+def test_weights_from_another_detector(run, shapes, tmp_path, capsys):
+    """Oracle: by hand. Mask R-CNN starts from a RetinaNet's backbone; all of its heads are new and said to be; its own
+    weights with other classes leave out every layer that depends on them."""
+    flags = [*TINY, "--head", "mask_rcnn", "--limit", "2", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
+    first = tmp_path / "first"
+    main([*flags, "--data", str(shapes), "--weights", str(run / "best.pt"), "--out", str(first)])
+    out = capsys.readouterr().out
+    backbone = sum(name.startswith("backbone.") for name in load_checkpoint(first / "last.pt")["model"])
+    assert f"weights: {backbone} of" in out and "new: ['rpn.tower.convs.0.weight'" in out
+    renamed = str(renamed_shapes(shapes, tmp_path / "renamed"))
+    main([*flags, "--data", renamed, "--weights", str(first / "last.pt"), "--out", str(tmp_path / "second")])
+    layers = ("box_head.class_predict", "box_head.box_predict", "mask_head.mask_predict")
+    assert f"new: {[f'{n}.{p}' for n in layers for p in ('weight', 'bias')]}" in capsys.readouterr().out
+
+
+def test_weights_of_other_classes(run, shapes, tmp_path, capsys):
+    """Oracle: by hand. What fits is taken; the class layer is new and named; a bad file or another arch is refused."""
+    renamed = renamed_shapes(shapes, tmp_path / "renamed")
     flags = [*TINY, "--data", str(renamed), "--limit", "4", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
     main([*flags, "--weights", str(run / "best.pt"), "--out", str(tmp_path / "new")])
     out = capsys.readouterr().out
-    assert "new: ['head.classes.predict.weight', 'head.classes.predict.bias']" in out and "evaluated 4/4 images" in out
+    assert "new: ['head.class_predict.weight', 'head.class_predict.bias']" in out and "evaluated 4/4 images" in out
     with pytest.raises(UserError, match="another classes"):
         main([*flags, "--resume", str(run / "last.pt"), "--out", str(tmp_path / "no")])
     (tmp_path / "text.pt").write_text("not a checkpoint")
@@ -461,5 +500,6 @@ def test_without_a_validation_split(coco_sample, tmp_path, capsys):
 
 def test_every_arch_has_a_micro_batch():
     """Oracle: the table's keys."""
-    assert train.MICRO_BATCH.keys() == ARCHS.keys()
+    assert train.MICRO_BATCH.keys() == train.HEAD_FIELDS.keys() == HEADS.keys()
+    assert all(rows.keys() == ARCHS.keys() for rows in train.MICRO_BATCH.values())
     assert {f.name for f in dataclasses.fields(train.Protocol)} >= {k for e in train.EXCEPTIONS.values() for k in e}
