@@ -221,9 +221,7 @@ class MaskRCNN(nn.Module):
     options = ("activation", "drop_path", "drop_rate", "rois", "mask_rois")
     masks = True
 
-    def __init__(
-        self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0, rois=512, mask_rois=128
-    ):
+    def __init__(self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0, rois=512, mask_rois=128):
         super().__init__()
         self.anchor_size, self.rois, self.mask_rois = arch.rcnn_anchor_size, rois, mask_rois
         self.normalize = Normalize()
@@ -236,9 +234,9 @@ class MaskRCNN(nn.Module):
     def forward(self, images, targets=None, sizes=None):
         features = self.backbone(self.normalize(images))  # P3..P7
         objectness, codes = self.rpn(features)  # by level: (B, A_L), (B, A_L, 4)
-        anchors = heads.make_anchors(
-            tuple(images.shape[-2:]), self.anchor_size, images.device, heads.RPN_SCALES
-        ).split([level.shape[1] for level in objectness])
+        anchors = heads.make_anchors(tuple(images.shape[-2:]), self.anchor_size, images.device, heads.RPN_SCALES).split(
+            [level.shape[1] for level in objectness]
+        )
         candidates = heads.TEST_CANDIDATES if targets is None else heads.TRAIN_CANDIDATES
         proposals = heads.propose(objectness, codes, anchors, images.shape[-2:], candidates)  # B x (N, 4)
         pyramid = heads.pack_pyramid(features)
@@ -350,8 +348,8 @@ def main(argv=None):
             parameters, macs = count(arch, size, head)
             print(f"{arch:>5} {size:>5} {parameters:>12,} {paper_parameters:>9} {macs:>18,} {paper_macs:>9}")
     print(
-        "The paper's figures of RetinaNet 49S and Mask R-CNN 190 match no released configuration; run, the authors' own "
-        "code counts 11,265,942 and 30.8 B, 176,198,465 and 2074 B"
+        "The paper's figures of RetinaNet 49S and Mask R-CNN 190 match no released configuration; run, the authors' own"
+        " code counts 11,265,942 and 30.8 B, 176,198,465 and 2074 B"
     )
 
 

@@ -259,7 +259,9 @@ def test_workers_do_not_matter(shapes):
     assert len(runs[0]) == len(runs[1]) == 6
     for numbers, first, second in zip(micro_batches(2, 5, 4, 2), *runs):
         assert all(torch.equal(first[k], second[k]) for k in first)
-        assert all(torch.equal(v, torch.stack([torch.as_tensor(dataset[n][k]) for n in numbers])) for k, v in first.items())
+        assert all(
+            torch.equal(v, torch.stack([torch.as_tensor(dataset[n][k]) for n in numbers])) for k, v in first.items()
+        )
 
 
 def test_more_than_100_objects(tmp_path):

@@ -224,7 +224,7 @@ def test_huber_by_hand():
 
 
 class Forbid(TorchDispatchMode):
-    """Raises where an operation would wait for the device or give a shape that depends on the data, but in `allowed`."""
+    """Raises where an operation not `allowed` would wait for the device or give a shape that depends on the data."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal", "nms")
 

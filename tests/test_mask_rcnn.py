@@ -105,7 +105,7 @@ def test_roi_features_sample_the_centre_of_each_cell():
 
 
 def test_proposals_equal_a_plain_loop():
-    """Oracle: the rule, an image and a level at a time, with torchvision's nms: top k, decode, clip, NMS by level, best."""
+    """Oracle: the rule, an image and a level at a time, with torchvision's nms: top k, decode, clip, NMS, best."""
     generator = torch.Generator().manual_seed(0)
     anchors = rpn_anchors()
     objectness = [torch.randn(2, n, generator=generator) for n in PER_LEVEL]
@@ -230,8 +230,8 @@ def test_rpn_samples_at_most_half_positive():
 
 
 def test_roi_sampling():
-    """Oracle: by hand and by torchvision's box_iou: foreground first and at most a quarter, objects themselves included,
-    0.5 exactly is neither, no RoI twice, the object of most overlap."""
+    """Oracle: by hand and by torchvision's box_iou: foreground first and at most a quarter, objects themselves
+    included, 0.5 exactly is neither, no RoI twice, the object of most overlap."""
     generator = torch.Generator().manual_seed(0)
     boxes = random_boxes(generator, 6)
     near = boxes.repeat(100, 1) + torch.randn(600, 4, generator=generator) * 3
@@ -364,7 +364,7 @@ def test_an_image_without_objects_or_with_empty_rois(training):
 
 
 def test_detections_have_masks_of_their_class():
-    """Oracle: the heads run by hand on the detected boxes. Masks follow the label, the image and the box; sizes clip."""
+    """Oracle: the heads run by hand on the detected boxes. Masks follow the label, image and box; sizes clip."""
     torch.manual_seed(0)
     detector = build_model("tiny", "mask_rcnn", 3).eval()
     with torch.no_grad():

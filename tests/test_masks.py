@@ -45,7 +45,7 @@ def random_masks(count, seed=0):
 
 
 def test_run_lengths_equal_pycocotools():
-    """Oracle: pycocotools' encoder and decoder, on blobs, full and empty masks: compressed, as text or bytes, or not."""
+    """Oracle: pycocotools' encoder and decoder, on blobs, full and empty masks: as a list, text or bytes."""
     for mask in random_masks(200):
         code = coco_mask.encode(mask)
         pixels = mask.ravel(order="F")
@@ -98,7 +98,9 @@ def test_crops_of_run_lengths_equal_the_bitmap():
         counts = code["counts"].decode() if k % 2 else run_lengths(code["counts"]).tolist()
         corners = np.sort(np.random.default_rng(k).uniform(0, 1, (2, 2)), axis=0) * [width, height]
         found = Masks.pack([[], {"size": [height, width], "counts": counts}]).crop(1, corners.ravel(), height)
-        x, y = (corners[0] + (np.arange(MASK_SIDE)[:, None] + 0.5) / MASK_SIDE * (corners[1] - corners[0])).T.astype(int)
+        x, y = (corners[0] + (np.arange(MASK_SIDE)[:, None] + 0.5) / MASK_SIDE * (corners[1] - corners[0])).T.astype(
+            int
+        )
         assert found.shape == (MASK_SIDE, MASK_SIDE) and found.dtype == np.uint8
         assert np.array_equal(found, mask[y[:, None], x])
 
@@ -120,7 +122,7 @@ def iou(a, b):
 
 def test_mask_targets_equal_the_full_resolution_masks(coco_sample):
     """Oracle: pycocotools' full-size decode, cut and resized like the image, under jitter and flip. Mean IoU of the
-    target masks, put back into their boxes, over coco50: 0.97 for objects of 32^2 pixels and more, 0.90 for the rest."""
+    target masks, put back into their boxes, over coco50: 0.97 for objects of 32^2 pixels and more, else 0.90."""
     a, size = load_annotations(coco_sample, masks=True), 640
     coco = COCO(coco_sample / "annotations" / f"instances_{TRAIN}.json")
     dataset = TrainSet(a, size, (0.5, 2.0), seed=5)
@@ -259,7 +261,9 @@ def test_the_ceiling_of_28_by_28_masks(coco_sample, tmp_path):
 def test_no_masks_found(shapes, capsys):
     """Oracle: by hand. Nothing found is mask AP 0.0, not a crash."""
     a = load_annotations(shapes, VAL, masks=True)
-    metrics = coco_metrics(a, coco_results({0: evaluation.Objects(np.zeros((0, 4)), np.zeros(0), np.zeros(0), [])}, a, []))
+    metrics = coco_metrics(
+        a, coco_results({0: evaluation.Objects(np.zeros((0, 4)), np.zeros(0), np.zeros(0), [])}, a, [])
+    )
     assert metrics["mask_AP"] == metrics["mask_AR100"] == 0.0 and "warning" in capsys.readouterr().out
 
 
@@ -292,8 +296,8 @@ def large_image():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 def test_memory_of_100_masks_on_a_large_image():
-    """Oracle: the kernel's peak of a fresh process. A 4000 x 3000 image with 100 detections, ten of them the whole image,
-    is evaluated with less than 1 GB."""
+    """Oracle: the kernel's peak of a fresh process. A 4000 x 3000 image with 100 detections, ten of them the whole
+    image, is evaluated with less than 1 GB."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         extra = pool.apply(large_image)
     print(extra)

@@ -170,7 +170,7 @@ def load_official(golden, order, skip=()):
         for m in order:
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 value = next(values)
-                if value.ndim == 4:  # (kh, kw, in, out) -> (out, in, kh, kw); transposed: (kh, kw, out, in) -> (in, ...)
+                if value.ndim == 4:  # (kh, kw, in, out) -> (out, in, kh, kw), or the same with in and out changed
                     value = value.permute(3, 2, 0, 1)
                 elif value.shape[0] == 7 * 7 * 8:  # (H W C, out) -> (out, C H W)
                     value = value.unflatten(0, (7, 7, 8)).permute(3, 2, 0, 1).flatten(1)
