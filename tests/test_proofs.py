@@ -1,5 +1,6 @@
 """Longer proofs, each a command of the README or close to it, run as a user runs it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -33,6 +34,29 @@ def test_the_first_command_of_the_readme(tmp_path):
     assert {"last.pt", "best.pt", "log.jsonl", "results.json", "grid.png"} <= {p.name for p in folder.iterdir()}
 
 
+def last_metrics(folder):
+    """What the last evaluation of a run has logged."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "eval_step" in row][-1]
+
+
+def test_mask_rcnn_on_shapes(tmp_path):
+    """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.35, mask AP of 0.30."""
+    flags = ["--arch", "tiny", "--size", "128", "--protocol", "toy", "--head", "mask_rcnn", "--data", "shapes"]
+    run(*TRAIN, *flags, "--out", "run", cwd=tmp_path)
+    metrics = last_metrics(tmp_path / "run")
+    assert metrics["AP"] >= 0.35 and metrics["mask_AP"] >= 0.30
+    assert (tmp_path / "run" / "grid.png").exists()
+
+
+def test_overfitting_masks_of_real_images(coco_sample, tmp_path):
+    """Oracle: pycocotools, on the four real images that were trained on: box AP of at least 0.5, mask AP of 0.4."""
+    flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--head", "mask_rcnn", "--overfit", "4"]
+    run(*TRAIN, *flags, "--data", coco_sample, "--out", "run", cwd=tmp_path)
+    metrics = last_metrics(tmp_path / "run")
+    assert metrics["AP"] >= 0.5 and metrics["mask_AP"] >= 0.4
+
+
 def test_overfitting_real_images(coco_sample, tmp_path):
     """Oracle: pycocotools, on the eight real images that were trained on: AP of at least 0.90."""
     flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--data", coco_sample, "--overfit", "8"]
@@ -54,3 +78,13 @@ def test_paper_scale_on_a_cpu(processes, coco_sample, tmp_path):
     assert "evaluated 4/4 images" in out and "step 1 after" in out
     out = run(*launch, *flags, "--epochs", "2", "--resume", cwd=tmp_path)
     assert "resuming at step 1" in out and "evaluated 4/4 images" in out and "step 2 after" in out
+
+
+@pytest.mark.parametrize("arch, size, images", [("49", "640", "2"), ("96", "1024", "1")])
+def test_mask_rcnn_at_paper_scale_on_a_cpu(arch, size, images, coco_sample, tmp_path):
+    """Oracle: it ends, counting steps and images. A step of 512 RoIs per image and an evaluation, on real images."""
+    flags = ["--arch", arch, "--size", size, "--protocol", "B", "--head", "mask_rcnn", "--data", coco_sample]
+    flags += ["--batch-size", images, "--limit", images, "--epochs", "1", "--device", "cpu", "--out", tmp_path / "run"]
+    out = run(*TRAIN, *flags, cwd=tmp_path)
+    assert f"evaluated {images}/{images} images" in out and "step 1 after" in out and "Segm" in out
+    assert all(name in last_metrics(tmp_path / "run") for name in ("AP", "mask_AP"))
