@@ -408,8 +408,8 @@ def sound_mask(segmentation, size, needed):
     """Polygons of 3 points or more, run lengths of the image's (height, width), or, if not `needed`, nothing at all."""
     try:
         if isinstance(segmentation, dict):
-            sized = numbers(segmentation["size"], 2) == list(size)
-            return sized and (not needed or run_lengths(segmentation["counts"]).sum() == size[0] * size[1])
+            sized, counts = numbers(segmentation["size"], 2) == list(size), segmentation["counts"]
+            return sized and (not needed or run_lengths(counts).sum() == size[0] * size[1])
         polygons = all(len(p) >= 6 and len(p) % 2 == 0 and math.isfinite(sum(p)) for p in segmentation or ())
         return polygons and bool(segmentation or not needed)
     except (TypeError, ValueError, KeyError, OverflowError):
@@ -434,7 +434,8 @@ class View(NamedTuple):
     def boxes(self, boxes):
         """Source boxes (n, 4) xyxy -> boxes (n, 4) in the network's input, clipped to the region."""
         scale = np.array([self.width / (self.right - self.left), self.height / (self.bottom - self.top)] * 2)
-        boxes = (self.clip(boxes) - [self.left, self.top] * 2) * scale
+        boxes = (boxes - [self.left, self.top] * 2) * scale
+        boxes = boxes.clip(0, [self.width, self.height] * 2)
         if self.flip:
             boxes[:, [0, 2]] = self.width - boxes[:, [2, 0]]
         return boxes
