@@ -172,8 +172,8 @@ def inside_polygon(points, x, y):
 def paste_mask(mask, box, height, width):
     """A mask (m, m) in 0..1 of a box (4,) xyxy, in image pixels, as COCO's compressed run-length code of the image.
 
-    A pixel is the object's where the mask, bilinearly at the pixel's centre, is above 0.5; beyond its outer cells the
-    mask falls to 0 within half a cell past the box, as where it is padded. Only the box's own pixels are computed.
+    A pixel is the object's where the mask, bilinearly at the pixel's centre, is above 0.5; outside the centres of its
+    outer cells the mask falls to 0 as if it were padded. Only the box's own pixels are computed.
     """
     low = np.floor(box[:2]).clip(0, (width, height)).astype(int)
     high = np.ceil(box[2:]).clip(low, (width, height)).astype(int)
@@ -227,6 +227,10 @@ class Annotations(NamedTuple):
         x, y, w, h = self.boxes[rows].T
         boxes = np.stack((x, y, x + w, y + h), axis=1)
         return boxes.clip(0, [self.widths[i], self.heights[i]] * 2), self.labels[rows]
+
+    def first_images(self, limit):
+        """The same split with only the first `limit` images, or, for None, all."""
+        return self if limit is None else self.select(range(len(self.ids))[:limit])
 
     def select(self, images):
         """The same split with only these images (indices, ascending)."""
@@ -405,13 +409,20 @@ def broken_objects(objects, boxes, heights, widths, masks):
 
 
 def sound_mask(segmentation, size, needed):
-    """Polygons of 3 points or more, run lengths of the image's (height, width), or, if not `needed`, nothing at all."""
+    """Polygons of 3 points or more, at most an image's side outside of it, or run lengths of the image's (height,
+    width), or, if not `needed`, nothing at all."""
+    side = max(size)
     try:
         if isinstance(segmentation, dict):
             sized, counts = numbers(segmentation["size"], 2) == list(size), segmentation["counts"]
-            return sized and (not needed or run_lengths(counts).sum() == size[0] * size[1])
-        polygons = all(len(p) >= 6 and len(p) % 2 == 0 and math.isfinite(sum(p)) for p in segmentation or ())
-        return polygons and bool(segmentation or not needed)
+            if not needed or not sized:
+                return sized
+            runs = run_lengths(counts)
+            return runs.ndim == 1 and runs.min() >= 0 and runs.sum() == size[0] * size[1]
+        for p in segmentation or ():
+            if len(p) < 6 or len(p) % 2 or not math.isfinite(sum(p)) or min(p) < -side or max(p) > 2 * side:
+                return False
+        return bool(segmentation or not needed)
     except (TypeError, ValueError, KeyError, OverflowError):
         return False
 

@@ -418,7 +418,7 @@ def main(argv=None):
     annotations = None
     if not args.images:
         annotations = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks)
-        annotations = annotations.select(range(len(annotations.ids))[: args.limit])
+        annotations = annotations.first_images(args.limit)
         check_categories(annotations, categories, args.weights)
     place = start(args.device, args.amp)
     detector = load_model(checkpoint, place)

@@ -300,7 +300,7 @@ def load_splits(args, recipe, place):
             raise UserError(f"--overfit {recipe['overfit']}: only {len(chosen)} images of {root} have an object")
         train = train.select(chosen)
         return train, train
-    train = train.select(range(len(train.ids))[: recipe["limit"]])
+    train = train.first_images(recipe["limit"])
     val_json = split_paths(root, VAL)[0]
     if not val_json.exists():
         if place.rank == 0:
@@ -309,7 +309,7 @@ def load_splits(args, recipe, place):
     val = load_annotations(root, VAL, masks)
     if val.categories != train.categories:
         raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
-    return train, val.select(range(len(val.ids))[: recipe["limit"]])
+    return train, val.first_images(recipe["limit"])
 
 
 @dataclass

@@ -357,6 +357,7 @@ BROKEN_OBJECTS = {
     "text mask": {"segmentation": ["polygon"]},
     "RLE of another size": {"segmentation": {"size": [4, 4], "counts": [16]}},
     "no counts": {"segmentation": {"size": [48, 64]}},
+    "far outside": {"segmentation": [[1, 2, 3, 4, 1e7, 6]]},
 }
 
 

@@ -331,3 +331,32 @@ def test_a_sample_with_masks(coco_sample):
         assert not masks[~real].any()
         found += (masks[real].flatten(1).any(dim=1) / real.sum()).sum().item() / 8
     assert found > 0.6
+
+
+UNSOUND = {  # broken only where masks are needed
+    "none": [],
+    "too few runs": {"size": [48, 64], "counts": [5, 6]},
+    "a negative run": {"size": [48, 64], "counts": [3080, -8]},
+    "runs of runs": {"size": [48, 64], "counts": [[3072]]},
+    "no runs": {"size": [48, 64], "counts": []},
+    "text that is no code": {"size": [48, 64], "counts": "12 24"},
+    "a code cut short": {"size": [48, 64], "counts": "T1X2o"},
+    "an empty code": {"size": [48, 64], "counts": ""},
+    "a number": {"size": [48, 64], "counts": 3072},
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_unsound_masks_are_dropped_where_masks_are_needed(case, coco_sample, tmp_path):
+    """Oracle: by hand. One unsound mask among many is dropped, counted and named; without masks its box stays."""
+    content = json.loads((coco_sample / "annotations" / f"instances_{TRAIN}.json").read_text())
+    bad = next(o for o in content["annotations"] if not o["iscrowd"])
+    size = next([i["height"], i["width"]] for i in content["images"] if i["id"] == bad["image_id"])
+    segmentation = UNSOUND[case]
+    bad["segmentation"] = segmentation | {"size": size} if isinstance(segmentation, dict) else segmentation
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / f"instances_{TRAIN}.json").write_text(json.dumps(content))
+    (tmp_path / TRAIN).symlink_to(coco_sample / TRAIN)
+    assert load_annotations(tmp_path).broken == ()
+    a = load_annotations(tmp_path, masks=True)
+    assert a.broken == (bad["id"],) and len(a.masks.first_run) == len(a.boxes) + 1 == len(content["annotations"])
