@@ -438,8 +438,12 @@ class View(NamedTuple):
     height: int
     flip: bool = False
 
+    def region(self):
+        """(2,) float32: the image's (height, width) in the network's input."""
+        return torch.tensor([self.height, self.width], dtype=torch.float32)
+
     def clip(self, boxes):
-        """Source boxes (n, 4) xyxy, clipped to the region."""
+        """Source boxes (n, 4) xyxy, clipped to the source region."""
         return boxes.clip([self.left, self.top] * 2, [self.right, self.bottom] * 2)
 
     def boxes(self, boxes):
@@ -526,9 +530,9 @@ class TrainSet(Dataset):
     """Training samples as a pure function of (seed, n): dataset[n] is image perm(n // N)[n mod N] of epoch n // N.
 
     A sample is a dict: image uint8 (3, S, S) RGB; boxes (100, 4) float32 xyxy and labels (100,) int64, padded
-    with zeros and -1; noise, 32 random bits from which the model draws anchors and RoIs; and, if the annotations have
-    masks, masks (100, 112, 112) uint8, each inside its own clipped box. Only crowds and boxes outside the window are
-    left out.
+    with zeros and -1; region (2,) float32, the image's (height, width) in the square; noise, 32 random bits from which
+    the model draws anchors and RoIs; and, if the annotations have masks, masks (100, 112, 112) uint8, each inside its
+    own clipped box. Only crowds and boxes outside the window are left out.
     """
 
     def __init__(self, annotations, size, jitter, flip=True, seed=0):
@@ -560,7 +564,7 @@ class TrainSet(Dataset):
             for k, (row, box) in enumerate(zip(rows, visible)):
                 mask = a.masks.crop(row, box, int(a.heights[i]))
                 sample["masks"][k] = torch.from_numpy(mask[:, ::-1].copy() if view.flip else mask)
-        return sample | {"image": view.image(read_checked(a, i), self.size)}
+        return sample | {"image": view.image(read_checked(a, i), self.size), "region": view.region()}
 
 
 class TestSet(Dataset):
@@ -575,8 +579,7 @@ class TestSet(Dataset):
     def __getitem__(self, i):
         image = read_checked(self.annotations, i)
         view = full_view(image.height, image.width, self.size)
-        region = torch.tensor([view.height, view.width], dtype=torch.float32)
-        return {"image": view.image(image, self.size), "region": region, "index": i}
+        return {"image": view.image(image, self.size), "region": view.region(), "index": i}
 
 
 def micro_batches(first, last, batch, micro, rank=0, world=1):

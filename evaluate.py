@@ -336,9 +336,8 @@ def panel(image, objects, names):
 def see(model, image, size, place):
     """The detections on one PIL image, as Objects."""
     view = full_view(image.height, image.width, size)
-    region = torch.tensor([[view.height, view.width]], dtype=torch.float32)
     with place.autocast():
-        (found,) = model(place.move(view.image(image, size)[None]), sizes=region)
+        (found,) = model(place.move(view.image(image, size)[None]), sizes=view.region()[None])
     return to_original(found, image.width, image.height, size)
 
 

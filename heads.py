@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import batched_nms, clip_boxes_to_image, nms, roi_align
+from torchvision.ops import batched_nms, nms, roi_align
 
 from blocks import ACTIVATIONS, batch_norm
 
@@ -22,7 +22,7 @@ ASPECTS = (1.0, 2.0, 0.5)
 MAX_LOG_SCALE = math.log(1000 / 16)  # decoding clamps log dw, log dh here
 PRIOR = 0.01  # every class's probability at the first step (focal loss paper, section 4.1)
 
-# Inference (authors' yaml). Departure: they keep 5000 candidates per class, here 5000 per image.
+# Inference (authors' yaml). Departure: they keep 5000 candidates per class (Mask R-CNN 1000), here 5000 per image.
 SCORE_THRESHOLD, NMS_THRESHOLD, MAX_CANDIDATES, MAX_DETECTIONS = 0.05, 0.5, 5000, 100
 
 # Mask R-CNN (authors' mask_rcnn yaml). The RPN has one anchor scale. Its proposals: best anchors per level before NMS
@@ -80,6 +80,11 @@ def decode_boxes(codes, anchors, weights=(1.0, 1.0)):
     centre = anchor_centre + codes[..., :2] / weights[0] * anchor_side
     half = anchor_side * (codes[..., 2:] / weights[1]).clamp(max=MAX_LOG_SCALE).exp() / 2
     return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def clip_boxes(boxes, sizes):
+    """Boxes (B, N, 4) clipped to their images' (height, width), sizes (B, 2)."""
+    return boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
 
 
 def init_(layer, initializer, **options):
@@ -182,7 +187,7 @@ class BoxHead(nn.Module):
     """What is in a RoI, and which box has it exactly? (N, C, 7, 7) -> class logits (N, K + 1), codes (N, K + 1, 4).
 
     Output 0 is the background's; the codes are relative to the RoI, with BOX_CODE_WEIGHTS.
-    Source: Mask R-CNN Figure 4; authors' heads.py, FastrcnnHead.
+    Source: Mask R-CNN section 3; authors' heads.py, FastrcnnHead, with the 4 convolutions and 1 layer of their yaml.
     """
 
     def __init__(self, in_channels, channels, convs, fc_channels, num_classes, activation="relu"):
@@ -222,18 +227,18 @@ def per_anchor(x, values):
 
 
 @torch.no_grad()
-def propose(objectness, codes, anchors, size, candidates):
-    """Each image's proposals, best first: B tensors (N, 4) xyxy, N <= 1000, clipped to `size` (height, width).
+def propose(objectness, codes, anchors, sizes, candidates):
+    """Each image's proposals, best first: B tensors (N, 4) xyxy, N <= 1000, clipped to its sizes (B, 2): (height, width).
 
-    objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level; `candidates` per level go into NMS.
-    Departure from torchvision: no box is too small. NMS, by level, is the only thing that waits for the device: it
-    tells the host how many boxes it keeps. Source: Faster R-CNN section 3.3; authors' roi_ops.py.
+    objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level; `candidates` per level go into NMS. No box
+    is too small. NMS, by level, is the only thing that waits for the device: it tells the host how many boxes it keeps.
+    Source: Faster R-CNN section 3.3; authors' roi_ops.py.
     """
     levels = []
     for level_logits, level_codes, level_anchors in zip(objectness, codes, anchors):
         scores, index = level_logits.float().topk(min(candidates, len(level_anchors)), dim=1)  # (B, N)
         boxes = decode_boxes(level_codes.take_along_dim(index[..., None], dim=1), level_anchors[index])
-        levels.append((clip_boxes_to_image(boxes, size), scores))  # (B, N, 4), (B, N)
+        levels.append((clip_boxes(boxes, sizes), scores))  # (B, N, 4), (B, N)
     proposals = []
     for image in range(len(objectness[0])):
         kept = [nms(b[image], s[image], PROPOSAL_NMS_THRESHOLD)[:MAX_PROPOSALS] for b, s in levels]
@@ -279,6 +284,7 @@ def roi_features(pyramid, boxes, side):
     packed, tops = pyramid
     rois = []
     for image_boxes in boxes:
+        image_boxes = image_boxes.nan_to_num()  # where training has diverged: RoIAlign would read outside of its map
         level = roi_levels(image_boxes)
         corners = image_boxes / (2.0**level)[:, None] + 0.5  # in pixels of the level
         below = sum((level == L) * top for L, top in zip(LEVELS, tops))  # (N_b,)
@@ -290,8 +296,9 @@ def detect(scores, boxes, size):
     """The detections of one image, best first: a dict of boxes (N, 4), scores (N,), labels (N,), N <= 100.
 
     scores (A, K) in 0..1; boxes (A, K, 4), or (A, 1, 4) where the classes share them, in pixels of the network's
-    input; size: (height, width) of the image's own region, to which boxes are clipped. Scores above 0.05, per-class
-    NMS at IoU 0.5. Source: RetinaNet section 4.1, "Inference"; Mask R-CNN section 3.1; authors' postprocess_ops.py.
+    input; size (2,): (height, width) of the image's own region, to which boxes are clipped. Scores above 0.05,
+    per-class NMS at IoU 0.5.
+    Source: RetinaNet section 4.1, "Inference"; Mask R-CNN section 3.1; authors' postprocess_ops.py.
     """
     num_classes = scores.shape[1]
     scores = scores.flatten()  # (A K,)
@@ -299,6 +306,6 @@ def detect(scores, boxes, size):
     scores, order = scores[likely].sort(descending=True, stable=True)
     scores, candidates = scores[:MAX_CANDIDATES], likely[order[:MAX_CANDIDATES]]
     index, labels = candidates // num_classes, candidates % num_classes
-    boxes = clip_boxes_to_image(boxes.expand(-1, num_classes, 4)[index, labels], size)
+    (boxes,) = clip_boxes(boxes.expand(-1, num_classes, 4)[index, labels][None], size[None])
     kept = batched_nms(boxes, scores, labels, NMS_THRESHOLD)[:MAX_DETECTIONS]
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}

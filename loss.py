@@ -1,9 +1,9 @@
 """What is each prediction compared with? Matching, sampling and losses, as pure functions (paper section 4).
 
 Dimensions: B images, A anchors, K classes, G ground-truth boxes (100, padded), R RoIs per image, M of them for masks.
-Boxes are xyxy pixels. targets: {"boxes": (B, G, 4), "labels": (B, G) int64, -1 for padding, "noise": (B,) int64 in
-0..2^32-1, from which an image's random choices follow, and for masks "masks": (B, G, 112, 112) uint8, 0 or 1, each
-object's mask inside its box}.
+Boxes are xyxy pixels. targets: {"boxes": (B, G, 4), "labels": (B, G) int64, -1 for padding; for Mask R-CNN also
+"masks": (B, G, 112, 112) uint8, 0 or 1, each object's mask inside its box, and "noise": (B,) int64 in 0..2^32-1, from
+which an image's random choices follow}.
 
 No function here has a data-dependent shape or reads a value back to the host: padding and background
 are selected away with `torch.where`, never branched on and never multiplied by 0 (inf * 0 is NaN).
@@ -29,13 +29,15 @@ HUBER_DELTA = 0.1
 BOX_WEIGHT = 50.0
 
 # Mask R-CNN's (authors' mask_rcnn yaml): RPN's IoU of a match and of background, anchors sampled per image, of which
-# positive at most, Huber delta; the IoU that parts foreground from background RoIs, Huber delta; side of mask targets.
+# positive at most, Huber delta; RoIs per image, of which foreground at most, the IoU that parts them from background,
+# Huber delta; side of mask targets.
 RPN_MATCH_IOU, RPN_BACKGROUND_IOU = 0.7, 0.3
 RPN_SAMPLES, RPN_POSITIVES = 256, 128
 RPN_HUBER_DELTA = 1 / 9
+ROIS, MASK_ROIS = 512, 128
 ROI_IOU = 0.5
 ROI_HUBER_DELTA = 1.0
-MASK_SIDE = 28
+MASK_TARGET_SIDE = 28
 
 
 def match_anchors(anchors, boxes, labels, iou_threshold=MATCH_IOU, background_iou=None):
@@ -162,7 +164,7 @@ def rpn_loss(objectness, box_codes, anchors, targets):
     objectness [(B, A_L)], box_codes [(B, A_L, 4)], anchors [(A_L, 4)], lists by level. Of each image 256 anchors are
     sampled for the first, at most half of them positive; it is divided by 256 B. The second is over all positive
     anchors, sampled or not: the mean over their coordinates within a level, over all ranks, summed over the levels.
-    Source: Faster R-CNN section 3.1.2; authors' losses.py:147-196.
+    Source: Faster R-CNN sections 3.1.2 and 3.1.3; authors' losses.py:147-196.
     """
     counts = [len(level) for level in anchors]
     logits, codes, anchors = torch.cat(objectness, 1).float(), torch.cat(box_codes, 1).float(), torch.cat(anchors)
@@ -215,7 +217,7 @@ def sample_rois(proposals, targets, count, foreground_count):
 
     proposals: B tensors (N, 4), N <= 1000. Foreground overlaps an object by more than IoU 0.5, background every
     object by less. Where an image has not enough of either, the rest is padding of zero boxes.
-    Source: Fast R-CNN section 2.3; authors' sampling_ops.py.
+    Source: Fast R-CNN section 2.3; authors' target_ops.py.
     """
     device = targets["labels"].device
     real = torch.stack([torch.arange(MAX_PROPOSALS, device=device) < len(p) for p in proposals])
@@ -253,7 +255,7 @@ def box_head_loss(class_logits, box_codes, rois, targets):
     entropy = torch.where(real, F.cross_entropy(class_logits.float(), classes, reduction="none"), 0.0)
 
     foreground, roi_boxes, boxes = (part.flatten(0, 1) for part in rois.with_objects(targets))
-    codes = box_codes.float().take_along_dim(classes[:, None, None], dim=1).squeeze(1)  # (B R, 4)
+    codes = box_codes.take_along_dim(classes[:, None, None], dim=1).squeeze(1).float()  # (B R, 4)
     codes = torch.where(foreground[:, None], codes, 0.0)  # the others' target is code 0
     target = encode_boxes(boxes, roi_boxes, BOX_CODE_WEIGHTS)
     box = F.huber_loss(codes, target, reduction="sum", delta=ROI_HUBER_DELTA)
@@ -271,13 +273,14 @@ def mask_targets(rois, targets):
     """
     foreground, roi_boxes, boxes = rois.with_objects(targets)
     masks = rois.of_objects(targets["masks"]).flatten(0, 1)[:, None].float()  # (B M, 1, 112, 112)
-    centres = (torch.arange(MASK_SIDE, device=boxes.device) + 0.5) / MASK_SIDE  # (28,)
+    centres = (torch.arange(MASK_TARGET_SIDE, device=boxes.device) + 0.5) / MASK_TARGET_SIDE  # (28,)
     low, side = roi_boxes[..., None, :2], roi_boxes[..., None, 2:] - roi_boxes[..., None, :2]
     places = low + centres[:, None] * side  # (B, M, 28, 2): x and y of the columns' and rows' centres
     places = (places - boxes[..., None, :2]) / (boxes[..., None, 2:] - boxes[..., None, :2])  # 0..1 in the object's box
     x, y = places.flatten(0, 1).unbind(dim=-1)  # (B M, 28)
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # (B M, 28, 28, 2)
-    values = F.grid_sample(masks, 2 * grid - 1, mode="bilinear", padding_mode="border", align_corners=False)
+    edge = 1 - 1 / masks.shape[-1]  # the centre of the outer cells: beyond it their value holds
+    values = F.grid_sample(masks, (2 * grid - 1).clamp(-edge, edge), mode="bilinear", align_corners=False)
     inside = ((grid >= 0) & (grid <= 1)).all(dim=-1) & foreground.flatten()[:, None, None]
     return torch.where(inside, values[:, 0], 0.0).unflatten(0, rois.labels.shape)
 
@@ -288,7 +291,7 @@ def mask_loss(mask_logits, rois, targets):
     mask_logits (B M, K + 1, 28, 28), background first; rois: B M. Source: Mask R-CNN section 3.
     """
     classes = (rois.labels + 1).clamp(min=0).flatten()
-    logits = mask_logits.float().take_along_dim(classes[:, None, None, None], dim=1).squeeze(1)  # (B M, 28, 28)
+    logits = mask_logits.take_along_dim(classes[:, None, None, None], dim=1).squeeze(1).float()  # (B M, 28, 28)
     wanted = mask_targets(rois, targets).flatten(0, 1)
     entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(1, 2))  # (B M,)
     foreground = (rois.labels >= 0).flatten()

@@ -89,12 +89,13 @@ class Arch:
 
 
 ARCHS = {
-    "49S": Arch(0.65, 0.5, 1, 128, 128, 4, 3, 128, 512),
+    "49S": Arch(0.65, 0.5, 1, 128, 128, 4, 3, rcnn_channels=128, rcnn_fc_channels=512),
     "49": Arch(1.0, 0.5, 1, 256, 256, 4, 3),
     "96": Arch(1.0, 0.5, 2, 256, 256, 4, 3),
     "143": Arch(1.0, 1.0, 3, 256, 256, 4, 4),
-    "190": Arch(1.3, 1.0, 4, 512, 512, 7, 4, 384, 1024, 7, 7, 5),
-    "tiny": Arch(0.25, 0.5, 1, 64, 64, 2, 2, 64, 256, 1, 2, 2),  # not in the paper: for CPUs and lessons
+    "190": Arch(1.3, 1.0, 4, 512, 512, 7, 4, rcnn_channels=384, rpn_convs=7, rcnn_convs=7, rcnn_anchor_size=5),
+    # Not in the paper: for CPUs and lessons.
+    "tiny": Arch(0.25, 0.5, 1, 64, 64, 2, 2, rcnn_channels=32, rcnn_fc_channels=256, rcnn_convs=2, rcnn_anchor_size=2),
 }
 
 
@@ -170,16 +171,18 @@ class Normalize(nn.Module):
 
 
 def own_regions(images, sizes):
-    """(height, width) of each image's own part of the batch, on the host: `sizes` (B, 2), or all of the input."""
-    return [images.shape[-2:]] * len(images) if sizes is None else sizes.tolist()
+    """(B, 2) float32: (height, width) of each image's own part of the batch: `sizes`, or for None all of the input."""
+    if sizes is None:
+        sizes = torch.stack([images.new_full((len(images),), s, dtype=torch.float32) for s in images.shape[-2:]], dim=1)
+    return sizes.to(images.device, non_blocking=True)
 
 
 class RetinaNet(nn.Module):
     """The one-stage detector (Lin et al. 2017; paper section 4.1): SpineNet, two towers, focal loss.
 
-    `model(images, targets)` gives a dict of losses whose sum is to be minimized; `model(images, sizes=s)` a
+    `model(images, targets, sizes)` gives a dict of losses whose sum is to be minimized; `model(images, sizes=s)` a
     list of detections. images: uint8 RGB (B, 3, H, W), padded at the right and bottom. targets: see loss.py.
-    sizes (B, 2): each image's own (height, width) inside the padding; detections: see `heads.detect`.
+    sizes (B, 2): each image's own (height, width) inside the padding, by default all; detections: see `heads.detect`.
     """
 
     class_layers = ("head.class_predict.",)  # names of the weights that depend on what the classes are
@@ -211,7 +214,7 @@ class RetinaNet(nn.Module):
 
 
 class MaskRCNN(nn.Module):
-    """The two-stage detector with masks (He et al. 2017; paper section 4.2): SpineNet, RPN, box head, mask head.
+    """The two-stage detector with masks (He et al. 2017; paper section 4.1): SpineNet, RPN, box head, mask head.
 
     Called as `RetinaNet`; the detections also have masks (N, 28, 28), probabilities inside their boxes. In training
     each image has `rois` regions of interest, of which the first `mask_rois` may be foreground and get masks.
@@ -221,7 +224,16 @@ class MaskRCNN(nn.Module):
     options = ("activation", "drop_path", "drop_rate", "rois", "mask_rois")
     masks = True
 
-    def __init__(self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0, rois=512, mask_rois=128):
+    def __init__(
+        self,
+        arch,
+        num_classes,
+        activation="relu",
+        drop_path=0.0,
+        drop_rate=0.0,
+        rois=loss.ROIS,
+        mask_rois=loss.MASK_ROIS,
+    ):
         super().__init__()
         self.anchor_size, self.rois, self.mask_rois = arch.rcnn_anchor_size, rois, mask_rois
         self.normalize = Normalize()
@@ -237,21 +249,24 @@ class MaskRCNN(nn.Module):
         anchors = heads.make_anchors(tuple(images.shape[-2:]), self.anchor_size, images.device, heads.RPN_SCALES).split(
             [level.shape[1] for level in objectness]
         )
+        sizes = own_regions(images, sizes)
         candidates = heads.TEST_CANDIDATES if targets is None else heads.TRAIN_CANDIDATES
-        proposals = heads.propose(objectness, codes, anchors, images.shape[-2:], candidates)  # B x (N, 4)
+        proposals = heads.propose(objectness, codes, anchors, sizes, candidates)  # B x (N, 4)
         pyramid = heads.pack_pyramid(features)
         if targets is None:
-            return self.detect(pyramid, proposals, own_regions(images, sizes))
+            return self.detect(pyramid, proposals, sizes)
 
-        rois = loss.sample_rois(proposals, targets, self.rois, self.mask_rois)  # (B, R)
+        targets = {"noise": torch.arange(len(images), device=images.device)} | targets
+        rois = loss.sample_rois(proposals, targets, self.rois, self.mask_rois)  # (B, R), the foreground first
+        mask_rois = rois.first(self.mask_rois)  # (B, M)
         class_logits, box_codes = self.box_head(heads.roi_features(pyramid, rois.boxes, heads.BOX_POOL))
-        foreground = rois.first(self.mask_rois)  # (B, M)
-        mask_logits = self.mask_head(heads.roi_features(pyramid, foreground.boxes, heads.MASK_POOL))
-        return (
-            loss.rpn_loss(objectness, codes, anchors, targets)
-            | loss.box_head_loss(class_logits, box_codes, rois, targets)
-            | loss.mask_loss(mask_logits, foreground, targets)
-        )
+        mask_logits = self.mask_head(heads.roi_features(pyramid, mask_rois.boxes, heads.MASK_POOL))
+        with torch.autocast(images.device.type, enabled=False):
+            return (
+                loss.rpn_loss(objectness, codes, anchors, targets)
+                | loss.box_head_loss(class_logits, box_codes, rois, targets)
+                | loss.mask_loss(mask_logits, mask_rois, targets)
+            )
 
     def detect(self, pyramid, proposals, sizes):
         """Detections with masks from B proposals (N, 4) and image sizes: the mask head sees only what is detected."""
@@ -264,17 +279,18 @@ class MaskRCNN(nn.Module):
 
         logits = self.mask_head(heads.roi_features(pyramid, [one["boxes"] for one in found], heads.MASK_POOL))
         labels = torch.cat([one["labels"] for one in found])[:, None, None, None]
-        masks = logits.float().take_along_dim(labels + 1, dim=1).squeeze(1).sigmoid()  # (all detections, 28, 28)
+        masks = logits.take_along_dim(labels + 1, dim=1).squeeze(1).float().sigmoid()  # (all detections, 28, 28)
         masks = masks.split([len(one["boxes"]) for one in found])
         return [one | {"masks": own} for one, own in zip(found, masks)]
 
-    def every_layer(self, x, rois=1000, mask_rois=100):
-        """The outputs of all heads for normalized images (B, 3, H, W) and so many empty RoIs per image."""
+    def every_layer(self, x):
+        """The outputs of all heads for normalized images (B, 3, H, W), with as many RoIs in each as a test can have."""
         features = self.backbone(x)
         pyramid = heads.pack_pyramid(features)
-        rois, mask_rois = (x.new_zeros(len(x), count, 4) for count in (rois, mask_rois))
-        box_outputs = self.box_head(heads.roi_features(pyramid, rois, heads.BOX_POOL))
-        return self.rpn(features), box_outputs, self.mask_head(heads.roi_features(pyramid, mask_rois, heads.MASK_POOL))
+        proposals, detections = (x.new_zeros(len(x), n, 4) for n in (heads.MAX_PROPOSALS, heads.MAX_DETECTIONS))
+        box_outputs = self.box_head(heads.roi_features(pyramid, proposals, heads.BOX_POOL))
+        mask_logits = self.mask_head(heads.roi_features(pyramid, detections, heads.MASK_POOL))
+        return self.rpn(features), box_outputs, mask_logits
 
 
 HEADS = {"retinanet": RetinaNet, "mask_rcnn": MaskRCNN}
@@ -284,7 +300,7 @@ def build_model(arch, head="retinanet", num_classes=80, **options):
     """A detector with random weights. `arch` is a name in ARCHS or an Arch; `head` a name in HEADS.
 
     num_classes is the dataset's K: RetinaNet has K outputs per anchor, Mask R-CNN K + 1 per RoI. The options are
-    those of the head: activation="relu", drop_path=0.0, drop_rate=0.0; of mask_rcnn also rois=512, mask_rois=128.
+    those of the head's `options`.
     """
     arch = ARCHS[arch] if isinstance(arch, str) else arch
     return HEADS[head](arch, num_classes, **options)
@@ -341,7 +357,7 @@ def main(argv=None):
     parser.parse_args(argv)
     for head, published in PUBLISHED.items():
         classes = PUBLISHED_CLASSES[head]
-        print(f"{HEADS[head].__name__} with {classes} classes, one image, beside the figures that the paper prints")
+        print(f"{HEADS[head].__name__} with {classes} classes, one image, beside the published figures")
         print(f"{'arch':>5} {'size':>5} {'parameters':>12} {'paper, M':>9} {'multiply-adds':>18} {'paper, B':>9}")
         rows = published + tuple((name, 128, "-", "-") for name in ARCHS if name not in {row[0] for row in published})
         for arch, size, paper_parameters, paper_macs in rows:

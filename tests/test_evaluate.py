@@ -177,8 +177,10 @@ def test_prediction_on_photos(lively, coco_sample, tmp_path, capsys):
     rows = json.loads((tmp_path / "seen" / "predictions.json").read_text())
     assert {row["file"] for row in rows} == {"turned.jpg", "grey.png"}
     assert all(row["score"] >= 0.1 and min(row["bbox"]) >= 0 for row in rows)
+    with_masks = load_checkpoint(lively)["recipe"]["head"] == "mask_rcnn"
+    assert rows and all(("segmentation" in row) == with_masks for row in rows)
     for row in rows:
-        if "segmentation" in row and row["file"] == "grey.png":
+        if with_masks and row["file"] == "grey.png":
             assert row["segmentation"]["size"] == [photo.height, photo.width]
             pixels = coco_mask.decode(row["segmentation"])
             left, top, width, height = row["bbox"]

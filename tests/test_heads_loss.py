@@ -275,7 +275,7 @@ def test_detections_by_hand():
     scores[0, 1], scores[1, 0], scores[2, 0] = 0.5, 0.9, 0.0497
     codes = torch.zeros(3, 4)
     codes[0] = torch.tensor([0.5, 0.0, 0.0, np.log(2.0)])
-    found = detect(scores, decode_boxes(codes, anchors)[:, None], (110.0, 128.0))
+    found = detect(scores, decode_boxes(codes, anchors)[:, None], torch.tensor([110.0, 128.0]))
     assert found["labels"].tolist() == [0, 1]
     assert found["scores"].tolist() == pytest.approx([0.9, 0.5])
     assert found["boxes"].tolist() == [[100, 100, 128, 110], [10, 0, 30, 30]]
@@ -290,7 +290,7 @@ def test_detections_of_random_outputs(shared):
     scores = (torch.randn(len(anchors), 3, generator=generator) * 2 - 4).sigmoid()
     codes = torch.randn(len(anchors), 1 if shared else 3, 4, generator=generator) * 0.3
     boxes = decode_boxes(codes, anchors[:, None])
-    found = detect(scores, boxes, (128.0, 128.0))
+    found = detect(scores, boxes, torch.tensor([128.0, 128.0]))
     anchor, label = (scores > 0.05).nonzero(as_tuple=True)
     assert 1000 < len(anchor) < 5000
     boxes, scores = boxes[anchor, 0 if shared else label].clamp(0, 128), scores[anchor, label]
@@ -302,5 +302,5 @@ def test_detections_of_random_outputs(shared):
 
 def test_no_detections():
     """Oracle: by hand. Nothing above the threshold gives empty tensors of the right shapes."""
-    found = detect(torch.full((50, 4), 0.05), torch.zeros(50, 1, 4), (128.0, 128.0))
+    found = detect(torch.full((50, 4), 0.05), torch.zeros(50, 1, 4), torch.tensor([128.0, 128.0]))
     assert found["boxes"].shape == (0, 4) and found["scores"].shape == (0,) and found["labels"].shape == (0,)

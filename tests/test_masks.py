@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -16,15 +17,18 @@ from torch import nn
 import evaluate as evaluation
 from data import (
     MASK_SIDE,
+    PALETTE,
     TRAIN,
     VAL,
     Annotations,
     Masks,
     TrainSet,
     UserError,
+    draw_objects,
     draw_view,
     inside_polygon,
     load_annotations,
+    main,
     paste_mask,
     run_lengths,
 )
@@ -325,7 +329,7 @@ def test_a_sample_with_masks(coco_sample):
         sample, bare = with_masks[n], without[n]
         masks = sample.pop("masks")
         assert masks.shape == (100, 112, 112) and masks.dtype == torch.uint8 and masks.max() <= 1
-        assert sample.keys() == bare.keys() == {"image", "boxes", "labels", "noise"}
+        assert sample.keys() == bare.keys() == {"image", "boxes", "labels", "noise", "region"}
         assert all(torch.equal(torch.as_tensor(sample[k]), torch.as_tensor(bare[k])) for k in bare)
         real = sample["labels"] >= 0
         assert not masks[~real].any()
@@ -360,3 +364,42 @@ def test_unsound_masks_are_dropped_where_masks_are_needed(case, coco_sample, tmp
     assert load_annotations(tmp_path).broken == ()
     a = load_annotations(tmp_path, masks=True)
     assert a.broken == (bad["id"],) and len(a.masks.first_run) == len(a.boxes) + 1 == len(content["annotations"])
+
+
+def test_masks_flip_with_the_image(shapes):
+    """Oracle: the unflipped sample. The same view flipped has every mask and box mirrored."""
+    a = load_annotations(shapes, masks=True)
+    plain, either = TrainSet(a, 128, (0.7, 1.5), flip=False), TrainSet(a, 128, (0.7, 1.5))
+    flipped = 0
+    for n in range(12):
+        first, second = plain[n], either[n]
+        if not torch.equal(first["boxes"], second["boxes"]):
+            real, width = first["labels"] >= 0, first["region"][1]
+            assert torch.equal(first["masks"].flip(2), second["masks"])
+            mirrored = torch.stack((width - first["boxes"][:, 2], width - first["boxes"][:, 0]), dim=1)
+            assert torch.allclose(mirrored[real], second["boxes"][real][:, [0, 2]], atol=1e-4)
+            flipped += not torch.equal(first["masks"], second["masks"])
+    assert flipped > 2
+
+
+@pytest.mark.parametrize("height, width", [(60, 90), (128, 128)])
+def test_masks_are_drawn(height, width):
+    """Oracle: by hand. A mask tints its pixels half-way to its class's colour; without it, only the frame is drawn."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    mask = np.zeros((1, 28, 28), np.float32)
+    mask[0, 14:] = 1  # the lower half
+    boxes, labels = torch.tensor([[20.0, 30, 60, 54]]), np.array([0])
+    drawn = draw_objects(image, boxes, labels, [""], masks=mask)
+    bare = draw_objects(image, boxes, labels, [""])
+    tinted = (drawn != bare).any(dim=0)
+    assert tinted[44:52, 24:57].all() and not tinted[:41].any() and not tinted[:, :19].any() and not tinted[56:].any()
+    assert drawn[:, 48, 40].tolist() == [round(value / 2) for value in PALETTE[0]]
+
+
+def test_pictures_of_a_data_set_with_masks(shapes, tmp_path, capsys):
+    """Oracle: `python data.py --show` without masks. With them, inside the objects' boxes the pictures differ."""
+    flags = ["--data", str(shapes), "--size", "128", "--show", "3", "--jitter", "1", "1"]
+    main([*flags, "--out", str(tmp_path / "boxes")]), main([*flags, "--masks", "--out", str(tmp_path / "masks")])
+    for name in ("000.png", "001.png", "002.png"):
+        boxes, masks = (np.asarray(Image.open(tmp_path / kind / name)).astype(int) for kind in ("boxes", "masks"))
+        assert 0.01 < (boxes != masks).any(axis=2).mean() < 0.9

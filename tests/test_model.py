@@ -50,7 +50,7 @@ def test_published_figures(head, row):
     arch, size, paper_parameters, paper_macs = row
     parameters, macs = model.count(arch, size, head)
     close = parameters / 1e6 == pytest.approx(float(paper_parameters), rel=0.005)
-    close = close and macs / 1e9 == pytest.approx(float(paper_macs), rel=0.01)
+    close = close and macs / 1e9 == pytest.approx(float(paper_macs), rel=0.005 if head == "retinanet" else 0.01)
     assert close == ((head, arch) not in {("retinanet", "49S"), ("mask_rcnn", "190")})
 
 
@@ -135,7 +135,7 @@ def test_initial_values_of_mask_rcnn():
         "rpn.tower.convs.0": 0.01,
         "rpn.class_predict": 0.01,
         "rpn.box_predict": 0.01,
-        "box_head.convs.1.conv": (2 / (128 * 9)) ** 0.5,
+        "box_head.convs.0.conv": (2 / (128 * 9)) ** 0.5,
         "box_head.fc": (2 / (128 * 49 + 256)) ** 0.5,  # Glorot's uniform distribution has this standard deviation
         "box_head.class_predict": 0.01,
         "box_head.box_predict": 0.001,

@@ -19,7 +19,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import clip_boxes_to_image
 
 import heads
 import train
@@ -232,9 +231,9 @@ def new_model(head):
     return build_model("tiny", head, 6, **options)
 
 
-def fixed_proposals(objectness, codes, anchors, size, candidates):
+def fixed_proposals(objectness, codes, anchors, sizes, candidates):
     """The same boxes for every image: between real ones near ties can fall otherwise in a batch of another size."""
-    return [clip_boxes_to_image(torch.cat(anchors)[::4], size)] * len(objectness[0])
+    return [torch.cat(anchors)[::4].clamp(0, 128)] * len(sizes)
 
 
 def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank, training, head):
@@ -284,7 +283,8 @@ def test_two_processes_equal_one(accumulate, empty_rank, head, shapes, tmp_path)
     start = new_model(head).state_dict()
     moved = max((one[k] - start[k]).abs().max().item() for k in one if one[k].is_floating_point())
     assert moved > 1e-2
-    assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=5e-6) for k in one)
+    atol = {"retinanet": 1e-6, "mask_rcnn": 5e-6}[head]
+    assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=atol) for k in one)
     assert two_losses == pytest.approx(one_losses, rel=1e-5)
 
 
