@@ -228,7 +228,7 @@ def per_anchor(x, values):
 
 @torch.no_grad()
 def propose(objectness, codes, anchors, sizes, candidates):
-    """Each image's proposals, best first: B tensors (N, 4) xyxy, N <= 1000, clipped to its sizes (B, 2): (height, width).
+    """Each image's proposals, best first: B tensors (N, 4) xyxy, N <= 1000, clipped to sizes (B, 2): (height, width).
 
     objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level; `candidates` per level go into NMS. No box
     is too small. NMS, by level, is the only thing that waits for the device: it tells the host how many boxes it keeps.
