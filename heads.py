@@ -262,8 +262,8 @@ def pack_pyramid(features):
     """P3..P7 on one map, one below the other: (float32 (B, C, sum of (H_L + 1), W_3 + 1), the row of each level's top).
 
     RoIAlign can then pool every RoI from its own level in one call with fixed shapes. Pooling on every level and
-    selecting does five times the work, and took 4 to 5 times as long on a CPU. The last row and column of each level are repeated
-    once, which is how RoIAlign reads beyond the edge.
+    selecting does five times the work, and took 4 to 5 times as long on a CPU. The last row and column of each level
+    are repeated once, which is how RoIAlign reads beyond the edge.
     """
     width = features[0].shape[3] + 1
     rows, top, tops = [], 0, []
