@@ -11,9 +11,11 @@ Boxes are xyxy float pixels, but in the json files and `Annotations.boxes`, whic
 import argparse
 import contextlib
 import functools
+import glob
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import time
@@ -35,6 +37,8 @@ PAD_COLOUR = (124, 116, 104)  # the mean colour: 0 after normalization, within r
 MIN_SIDE = 0.01  # pixels: what the window leaves of an object's box below this is no object
 MAX_BROKEN = 0.01  # a larger share of broken objects means that the format is wrong, not an object
 TRAIN, VAL = "train2017", "val2017"
+PACKED_FROM = 50e6  # bytes of a json, from which its packed form is kept
+CACHE_VERSION = 1  # of that form
 
 HELP = """Get COCO with
   mkdir -p {root} && cd {root}
@@ -275,11 +279,76 @@ def require_split(root, split):
 def load_annotations(root, split=TRAIN, masks=False):
     """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
 
-    With `masks`, segmentations are kept, and an object without one is broken.
+    With `masks`, segmentations are kept, and an object without one is broken. A large json is packed at the first time,
+    into a folder beside it, from which its arrays are memory-mapped from then on.
     Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
     is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
     """
     path, folder = require_split(root, split)
+    caches = cache_folders(path, masks) if path.stat().st_size >= PACKED_FROM else []
+    opened = (open_cache(cache, folder) for cache in caches)
+    annotations = next((a for a in opened if a is not None), None)
+    if annotations is None:
+        began = time.perf_counter()
+        if caches:
+            print(f"reading {path}, once: its packed form will be kept", flush=True)
+        annotations = parse_annotations(path, folder, masks)
+        if caches:
+            kept = next((cache for cache in caches if write_cache(cache, annotations)), None)
+            seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak /= 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+            where = f"packed into {kept}" if kept else "no folder for its packed form is writable"
+            print(f"read {path} in {seconds:.0f} s, {peak:.1f} GiB of memory at most; {where}", flush=True)
+            annotations = (kept and open_cache(kept, folder)) or annotations
+    check_files(annotations, path)
+    return annotations
+
+
+def cache_folders(path, masks):
+    """Where the packed form of a json may be: beside it, or in the user's cache. Their name changes with the json."""
+    stat = path.stat()
+    kind = "masks" if masks else "boxes"
+    name = f"{path.stem}.{kind}.v{CACHE_VERSION}.{stat.st_size}.{stat.st_mtime_ns}.packed"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return [path.parent / name, home / "spinenet" / name]
+
+
+def write_cache(cache, annotations):
+    """Write Annotations as .npy files, all or nothing, in place of older ones of the same json; whether that worked."""
+    draft = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
+    arrays = {name: value for name, value in annotations._asdict().items() if isinstance(value, np.ndarray)}
+    arrays |= {
+        f"masks.{name}": value for name, value in (annotations.masks._asdict() if annotations.masks else {}).items()
+    }
+    try:
+        draft.mkdir(parents=True)
+        for name, value in arrays.items():
+            np.save(draft / f"{name}.npy", value)
+        plain = {"categories": annotations.categories, "broken": annotations.broken}
+        (draft / "plain.json").write_text(json.dumps(plain))
+        stem = ".".join(cache.name.split(".")[:-3])
+        for old in cache.parent.glob(f"{glob.escape(stem)}.*.packed"):
+            shutil.rmtree(old, ignore_errors=True)
+        os.rename(draft, cache)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+    return cache.is_dir()
+
+
+def open_cache(cache, folder):
+    """The Annotations in a cache, memory-mapped; None where there is none, or not a whole one."""
+    try:
+        plain = json.loads((cache / "plain.json").read_text())
+        arrays = {f.stem: np.load(f, mmap_mode="r").view(np.ndarray) for f in cache.glob("*.npy")}
+        masks = {name.removeprefix("masks."): arrays.pop(name) for name in list(arrays) if name.startswith("masks.")}
+        categories, broken = [tuple(c) for c in plain["categories"]], tuple(plain["broken"])
+        return Annotations(str(folder), categories, **arrays, masks=Masks(**masks) if masks else None, broken=broken)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def parse_annotations(path, folder, masks):
+    """The Annotations in a json file; see `load_annotations`."""
     images, objects, categories = read_coco(path)
 
     ids = column(images, "id", "image", path)
@@ -295,7 +364,7 @@ def load_annotations(root, split=TRAIN, masks=False):
     if (np.minimum(heights, widths) <= 0).any():
         bad = ids[np.minimum(heights, widths) <= 0][0]
         raise UserError(f"{path}: image id {bad} has no positive height and width; correct them")
-    names = file_names(images, ids, folder, path)
+    names = file_names(images, ids, path)
 
     owner = np.searchsorted(ids, owner)
     boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
@@ -382,17 +451,26 @@ def check_ids(what, known, used, objects, path):
         )
 
 
-def file_names(images, ids, folder, path):
-    """The images' file names, all of them present in the folder; else UserError."""
-    present = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+def file_names(images, ids, path):
+    """The images' file names, which must be text."""
     names = [image.get("file_name") for image in images]
     for name, image_id in zip(names, ids):
-        if not isinstance(name, str) or (name not in present and not (folder / name.replace("\0", "")).is_file()):
-            raise UserError(
-                f"{folder} has no file {name!r}, which {path} names for image id {image_id}; "
-                "unpack the images there again"
-            )
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise UserError(f"{path}: image id {image_id} has the file_name {name!r}; correct it")
     return names
+
+
+def check_files(annotations, path):
+    """Raise UserError unless every image's file is there."""
+    folder = Path(annotations.folder)
+    present = np.array([os.fsencode(entry.name) for entry in os.scandir(folder)] if folder.is_dir() else [], dtype="S")
+    for i in np.flatnonzero(~np.isin(annotations.files, present)).tolist():
+        if not os.path.isfile(annotations.path(i)):
+            name = os.fsdecode(bytes(annotations.files[i]))
+            raise UserError(
+                f"{folder} has no file {name!r}, which {path} names for image id {annotations.ids[i]}; unpack the "
+                "images there again"
+            )
 
 
 def broken_objects(objects, boxes, heights, widths, masks):

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -110,6 +111,16 @@ def finish(place):
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def rank_zero_first(place):
+    """Rank 0 goes through the block, writing what it writes, before the others do."""
+    if place.world > 1 and place.rank > 0:
+        dist.barrier()
+    yield
+    if place.world > 1 and place.rank == 0:
+        dist.barrier()
+
+
 def check_capability(capability, arch_list):
     """Raise UserError where the torch build has no kernels for the GPU, such as PyPI's from 2.11 on for a V100."""
     major, minor = capability
@@ -190,19 +201,40 @@ def known_objects(annotations, i):
     return Objects(boxes, labels, None, [annotations.masks.crop(m, b, int(annotations.heights[i])) for m, b in rows])
 
 
+class Stopwatch:
+    """Seconds by what they went on: `lap` books the time since the lap before."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def __str__(self):
+        total = sum(self.seconds.values())
+        parts = ", ".join(f"{name} {100 * seconds / max(total, 1e-9):.0f} %" for name, seconds in self.seconds.items())
+        return f"{total:.1f} s: {parts}"
+
+
 @torch.no_grad()
-def detect_all(model, annotations, size, place, micro_batch, workers):
+def detect_all(model, annotations, size, place, micro_batch, workers, watch):
     """{index: Objects} of this rank's images, every world-th of them; masks as run-length codes."""
     mine = list(range(place.rank, len(annotations.ids), place.world))
     batches = [mine[k : k + micro_batch] for k in range(0, len(mine), micro_batch)]
     loader = make_loader(TestSet(annotations, size), batches, workers, place.device.type == "cuda")
     found = {}
     for batch in tqdm(loader, desc="evaluating", total=len(batches), disable=place.rank > 0 or None, leave=False):
+        watch.lap("data")
         with place.autocast():
             detections = model(place.move(batch["image"]), sizes=batch["region"])
+        detections = [{name: value.cpu() for name, value in one.items()} for one in detections]
+        watch.lap("model")
         for i, detection in zip(batch["index"].tolist(), detections):
             width, height = int(annotations.widths[i]), int(annotations.heights[i])
             found[i] = to_original(detection, width, height, size).pasted(height, width)
+        watch.lap("pasting")
     return found
 
 
@@ -213,13 +245,14 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
     given `out`, writes results.json there. `categories` are the model's, if they are not the data set's. Every image
     is seen once, whatever the number of ranks.
     """
-    was_training = model.training
+    was_training, watch = model.training, Stopwatch()
     model.eval()
-    found = detect_all(model, annotations, size, place, micro_batch, workers)
+    found = detect_all(model, annotations, size, place, micro_batch, workers, watch)
     model.train(was_training)
     parts = [found] * place.world
     if place.world > 1:
         dist.all_gather_object(parts, found)
+        watch.lap("other ranks")
     metrics = [None]
     if place.rank == 0:
         seen = [i for part in parts for i in part]
@@ -231,6 +264,8 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
         if out is not None:
             Path(out, "results.json").write_text(json.dumps(results))
         metrics = [coco_metrics(annotations, results, per_class)]
+        watch.lap("COCOeval")
+        print(f"evaluation took {watch}")
     if place.world > 1:
         dist.broadcast_object_list(metrics, device=place.device)
     return metrics[0]
@@ -414,12 +449,12 @@ def main(argv=None):
     checkpoint = load_checkpoint(args.weights)
     categories, recipe = checkpoint["categories"], checkpoint["recipe"]
     out = args.out or args.weights.parent / ("seen" if args.images else "")
-    annotations = None
+    place, annotations = start(args.device, args.amp), None
     if not args.images:
-        annotations = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks)
+        with rank_zero_first(place):
+            annotations = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks)
         annotations = annotations.first_images(args.limit)
         check_categories(annotations, categories, args.weights)
-    place = start(args.device, args.amp)
     detector = load_model(checkpoint, place)
     make_folder(out)
     size = recipe["size"]

@@ -42,7 +42,7 @@ from data import (
     resolve_root,
     split_paths,
 )
-from evaluate import Place, evaluate, finish, load_checkpoint, start, write_grid
+from evaluate import Place, evaluate, finish, load_checkpoint, rank_zero_first, start, write_grid
 from loss import MASK_ROIS, ROIS
 from model import ARCHS, HEADS, MULTIPLE, build_model, check_size
 
@@ -287,13 +287,8 @@ def split_batch(recipe, micro_batch, place):
 
 
 def load_splits(args, recipe, place):
-    """(annotations to train on, annotations to evaluate on). Rank 0 writes the generated set; the others wait."""
-    if place.world > 1 and place.rank > 0:
-        dist.barrier()
-    root = resolve_root(args.data)
-    if place.world > 1 and place.rank == 0:
-        dist.barrier()
-    masks = HEADS[recipe["head"]].masks
+    """(annotations to train on, annotations to evaluate on)."""
+    root, masks = resolve_root(args.data), HEADS[recipe["head"]].masks
     train = load_annotations(root, TRAIN, masks)
     if recipe["overfit"]:
         chosen = np.flatnonzero(train.positives())[: recipe["overfit"]]
@@ -591,7 +586,8 @@ def prepare(args):
         raise
     place = start(args.device, args.amp)
     recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, place), "devices": place.world}
-    train, val = load_splits(args, recipe, place)
+    with rank_zero_first(place):  # which writes the generated set, and the packed form of a large json
+        train, val = load_splits(args, recipe, place)
 
     torch.manual_seed(recipe["seed"])
     options = {name: recipe[name] for name in HEADS[recipe["head"]].options}

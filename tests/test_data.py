@@ -1,6 +1,7 @@
 """data.py: annotations, scale jitter, the sampler, the generated set, its command line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -68,6 +69,106 @@ def test_annotations_are_packed(shapes):
     a = load_annotations(shapes)
     growing = [v for v in a if hasattr(v, "__len__") and len(v) >= len(a.ids) and not isinstance(v, str)]
     assert len(growing) == 9 and all(isinstance(v, np.ndarray) and v.dtype.kind in "ifbS" for v in growing)
+
+
+def same(first, second):
+    """Whether two packed structures hold equal arrays and values."""
+    if isinstance(first, np.ndarray):
+        return first.dtype == second.dtype and np.array_equal(first, second)
+    if isinstance(first, tuple) and hasattr(first, "_fields"):
+        return type(first) is type(second) and all(map(same, first, second))
+    return first == second
+
+
+@pytest.fixture
+def always_packed(monkeypatch, tmp_path):
+    """Every json is large enough to be packed; the user's cache is a folder of its own."""
+    monkeypatch.setattr(data, "PACKED_FROM", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def link(root, folder):
+    """A data set like that at `root`, with a copy of its annotations."""
+    shutil.copytree(root / "annotations", folder / "annotations")
+    for split in (TRAIN, VAL):
+        if (root / split).exists():
+            (folder / split).symlink_to(root / split)
+    return folder
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_packed_form_equals_the_json(masks, shapes, tmp_path, always_packed, monkeypatch, capsys):
+    """Oracle: the parsed json. A later start maps the same arrays into memory, without parsing; boxes alone and with
+    masks are kept apart; each is told of once."""
+    root = link(shapes, tmp_path / "set")
+    parsed = data.parse_annotations(*data.split_paths(root, TRAIN), masks)
+    first = load_annotations(root, masks=masks)
+    said = capsys.readouterr().out
+    assert "packed into" in said and "GiB of memory at most" in said
+    monkeypatch.setattr(data, "parse_annotations", None)
+    later = load_annotations(root, masks=masks)
+    assert same(first, parsed) and same(later, parsed) and capsys.readouterr().out == ""
+    assert isinstance(later.boxes.base, np.memmap) and not later.boxes.flags.writeable
+    with pytest.raises(TypeError):
+        load_annotations(root, masks=not masks)
+    assert same(later.select([3, 5]), parsed.select([3, 5]))
+    assert all(torch.equal(torch.as_tensor(TrainSet(later, 128, (1, 1))[4][k]), torch.as_tensor(v)) for k, v in
+               TrainSet(parsed, 128, (1, 1))[4].items())  # fmt: skip
+
+
+def test_a_changed_json_is_read_again(shapes, tmp_path, always_packed):
+    """Oracle: by hand. An edited json, one of the same length too, is parsed anew, and the old packed form goes."""
+    root = link(shapes, tmp_path / "set")
+    path = data.split_paths(root, TRAIN)[0]
+    first = load_annotations(root)
+    text = path.read_text()
+    assert '"disc"' in text
+    path.write_text(text.replace('"disc"', '"dusk"'))
+    os.utime(path, ns=(1, first.boxes.size))
+    assert load_annotations(root).categories[0] == (1, "dusk")
+    assert len(list(path.parent.glob("*.packed"))) == 1 and not list(path.parent.glob("*.tmp"))
+
+
+def test_where_the_packed_form_goes(shapes, tmp_path, always_packed, monkeypatch, capsys):
+    """Oracle: by hand. Beside the json; else in the user's cache; else nowhere, and all is as without."""
+    root = link(shapes, tmp_path / "set")
+    folders = data.cache_folders(data.split_paths(root, TRAIN)[0], False)
+    assert folders[0].parent == root / "annotations" and folders[1].parent == tmp_path / "cache" / "spinenet"
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "x.packed"  # a folder in a file can't be
+    monkeypatch.setattr(data, "cache_folders", lambda path, masks: [nowhere, folders[1]])
+    load_annotations(root)
+    assert folders[1].is_dir() and not folders[0].exists()
+    monkeypatch.setattr(data, "cache_folders", lambda path, masks: [nowhere])
+    assert (
+        len(load_annotations(root).ids) == 60 and "no folder for its packed form is writable" in capsys.readouterr().out
+    )
+
+
+def test_a_damaged_packed_form_is_read_again(shapes, tmp_path, always_packed):
+    """Oracle: the parsed json. A packed form with a file missing, cut short or not its own is not used."""
+    root = link(shapes, tmp_path / "set")
+    parsed = data.parse_annotations(*data.split_paths(root, TRAIN), True)
+    cache = data.cache_folders(data.split_paths(root, TRAIN)[0], True)[0]
+    for damage in (
+        lambda: (cache / "boxes.npy").unlink(),
+        lambda: (cache / "masks.points.npy").write_bytes((cache / "masks.points.npy").read_bytes()[:500]),
+        lambda: (cache / "plain.json").write_text("{"),
+        lambda: np.save(cache / "more.npy", np.zeros(3)),
+    ):
+        assert same(load_annotations(root, masks=True), parsed)
+        damage()
+    assert same(load_annotations(root, masks=True), parsed)
+
+
+def test_a_missing_image_is_named_at_a_later_start(shapes, tmp_path, always_packed):
+    """Oracle: by hand. Files are looked for at every start, also where the annotations are packed."""
+    root = link(shapes, tmp_path / "set")
+    a = load_annotations(root)
+    (root / TRAIN).unlink()
+    (root / TRAIN).mkdir()
+    with pytest.raises(UserError, match=f"no file .*image id {a.ids[0]}"):
+        load_annotations(root)
 
 
 def test_select(coco_sample):

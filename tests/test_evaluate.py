@@ -52,6 +52,7 @@ def test_ground_truth_scores_one(which, split, request, tmp_path, capsys):
     assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == pytest.approx(1.0, abs=1e-9)
     out = capsys.readouterr().out
     assert f"evaluated {len(a.ids)}/{len(a.ids)} images" in out
+    assert re.search(r"evaluation took \d+\.\d s: data \d+ %, model \d+ %, pasting \d+ %, COCOeval \d+ %", out)
     lines = [line for line in out.splitlines() if line.startswith(" Average")]
     assert len(lines) == 12 == len(METRICS)
     assert lines[0] == " Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 1.000"
@@ -195,7 +196,7 @@ def test_predictions_equal_the_evaluation(lively, shapes):
     """Oracle: detect_all, an image at a time. A picture is seen as the evaluation sees it, to the last bit."""
     a = load_annotations(shapes, VAL)
     model = load_model(load_checkpoint(lively), CPU)
-    found = evaluation.detect_all(model, a, 128, CPU, 1, 0)[5]
+    found = evaluation.detect_all(model, a, 128, CPU, 1, 0, evaluation.Stopwatch())[5]
     image = evaluation.read_checked(a, 5)
     again = evaluation.see(model, image, 128, CPU).pasted(image.height, image.width)
     assert len(found.scores) and found.masks == again.masks and (found.masks is not None) == model.masks

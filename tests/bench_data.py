@@ -1,0 +1,183 @@
+"""How fast is the data? Training samples beside torchvision's own pipeline on one core; start-up at COCO's size.
+
+python tests/bench_data.py --data FOLDER            samples per second, on one core, of a folder in COCO's layout
+python tests/bench_data.py --start                  start-up on a generated json of train2017's size
+python tests/bench_data.py --start --scale 0.1      the same, a tenth of it
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import data  # noqa: E402
+
+JITTER = (0.5, 2.0)
+IMAGES, OBJECTS, CLASSES = 118_287, 860_001, 80  # of train2017
+POINTS = (8, 50)  # of a generated polygon: uniform; the json is about as large as train2017's
+
+
+class Decoding:
+    """Only the decoding of the images."""
+
+    def __init__(self, annotations):
+        self.annotations = annotations
+
+    def __getitem__(self, n):
+        path = self.annotations.path(n % len(self.annotations.ids))
+        return np.asarray(Image.open(path).convert("RGB"))
+
+
+class Torchvision:
+    """torchvision's detection pipeline on the same files: scale jitter, crop, flip, uint8 images."""
+
+    def __init__(self, root, size, masks):
+        path, folder = data.split_paths(root, data.TRAIN)
+        keys = ("boxes", "labels", "masks") if masks else ("boxes", "labels")
+        transform = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.ScaleJitter((size, size), JITTER),
+                v2.RandomCrop((size, size), pad_if_needed=True),
+                v2.RandomHorizontalFlip(),
+                v2.SanitizeBoundingBoxes(),
+            ]
+        )
+        self.dataset = wrap_dataset_for_transforms_v2(
+            CocoDetection(folder, path, transforms=transform), target_keys=keys
+        )
+        self.usable = [k for k in range(len(self.dataset)) if self.dataset.coco.imgToAnns[self.dataset.ids[k]]]
+
+    def __getitem__(self, n):
+        return self.dataset[self.usable[n % len(self.usable)]]
+
+
+def milliseconds(datasets, rounds, samples):
+    """{name: median over rounds of the milliseconds per sample}; the data sets take turns, so that noise is shared."""
+    times = {name: [] for name in datasets}
+    for _ in range(rounds):
+        for name, dataset in datasets.items():
+            began = time.perf_counter()
+            for n in range(samples):
+                dataset[n]
+            times[name].append(1000 * (time.perf_counter() - began) / samples)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def throughput(root, rounds, samples):
+    torch.set_num_threads(1)
+    print(f"{'':>22} {'torchvision':>12} {'this':>8} {'ratio':>6} {'decoding':>9} {'its share':>9}   ms per sample")
+    for size, masks in ((640, False), (1024, True)):
+        annotations = data.load_annotations(root, masks=masks)
+        datasets = {
+            "torchvision": Torchvision(root, size, masks),
+            "this": data.TrainSet(annotations, size, JITTER),
+            "decoding": Decoding(annotations),
+        }
+        t = milliseconds(datasets, rounds, samples)
+        what = f"{size}, {'boxes and masks' if masks else 'boxes'}"
+        ratio, share = t["torchvision"] / t["this"], 100 * t["decoding"] / t["this"]
+        print(f"{what:>22} {t['torchvision']:12.1f} {t['this']:8.2f} {ratio:6.1f} {t['decoding']:9.2f} {share:8.0f} %")
+
+
+def write_json(root, scale):
+    """A json of train2017's size, times `scale`, and the files that it names, empty."""
+    rng = np.random.default_rng(0)
+    path, folder = data.split_paths(root, data.TRAIN)
+    path.parent.mkdir(parents=True)
+    folder.mkdir()
+    images, objects = int(IMAGES * scale), int(OBJECTS * scale)
+    names = [f"{k:012d}.jpg" for k in range(images)]
+    for name in names:
+        (folder / name).touch()
+    url = "http://images.cocodataset.org/train2017/"
+    rows = [
+        {
+            "id": k,
+            "file_name": n,
+            "height": 480,
+            "width": 640,
+            "coco_url": url + n,
+            "date_captured": "2013-11-14 11:18:45",
+        }
+        for k, n in enumerate(names)
+    ]
+    categories = [{"id": k + 1, "name": f"class {k}", "supercategory": "none"} for k in range(CLASSES)]
+    with open(path, "w") as file:
+        file.write(f'{{"images": {json.dumps(rows)}, "categories": {json.dumps(categories)}, "annotations": [')
+        owners, sides = rng.integers(0, images, objects), rng.integers(*POINTS, objects)
+        for k, (owner, points) in enumerate(zip(owners.tolist(), sides.tolist())):
+            angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+            radius, centre = rng.uniform(20, 90, points), rng.uniform(100, (540, 380))
+            polygon = (centre + np.stack((np.cos(angle), np.sin(angle)), axis=1) * radius[:, None]).round(2)
+            low, high = polygon.min(axis=0), polygon.max(axis=0)
+            box = np.concatenate((low, high - low)).round(2).tolist()
+            row = {"id": k + 1, "image_id": owner, "category_id": k % CLASSES + 1, "iscrowd": 0, "bbox": box}
+            row |= {"area": round(box[2] * box[3] / 2, 4), "segmentation": [polygon.ravel().tolist()]}
+            file.write(", " * (k > 0) + json.dumps(row))
+        file.write("]}")
+    return path
+
+
+START = """
+import sys, time
+sys.path.insert(0, {project!r})
+import torch, torchvision, data
+def anonymous():
+    (line,) = [l for l in open("/proc/self/status") if l.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+before, began = anonymous(), time.perf_counter()
+annotations = data.load_annotations({root!r}, masks=True)
+seconds = time.perf_counter() - began
+dataset = data.TrainSet(annotations, 640, (0.5, 2.0))
+dataset.image_of(0)
+print("RESULT", seconds, anonymous() - before)
+"""
+
+
+def start(scale):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "coco"
+        path = write_json(root, scale)
+        print(
+            f"a json of {path.stat().st_size / 1e6:.0f} MB, {IMAGES * scale:.0f} images, {OBJECTS * scale:.0f} polygons"
+        )
+        data.PACKED_FROM = 0
+        for which in ("first start", "later start"):
+            script = START.format(project=str(Path(data.__file__).parent), root=str(root))
+            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+            *said, result = done.stdout.strip().splitlines()
+            _, seconds, anonymous = result.split()
+            print("\n".join(said))
+            print(f"{which}: {float(seconds):.1f} s, {float(anonymous):.0f} MiB of anonymous memory afterwards")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure the data pipeline, or the start-up.")
+    parser.add_argument("--data", type=Path, help="a folder in COCO's layout")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=50, help="per round (default 50)")
+    parser.add_argument("--start", action="store_true", help="measure the start-up instead")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the generated json (default 1)")
+    args = parser.parse_args()
+    if args.start:
+        start(args.scale)
+    elif args.data:
+        throughput(args.data, args.rounds, args.samples)
+    else:
+        parser.error("give --data FOLDER or --start")
+
+
+if __name__ == "__main__":
+    main()
