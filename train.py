@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from blocks import BN_MOMENTUM
 from data import (
+    MASK_SIDE,
+    MAX_OBJECTS,
     TRAIN,
     VAL,
     Annotations,
@@ -562,6 +564,50 @@ def fit(run):
             return False
 
 
+@contextlib.contextmanager
+def memory_in_words(recipe, place):
+    """A device without memory left becomes a UserError that says what was used and what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        micro, share = recipe["micro_batch"], recipe["batch_size"] // place.world
+        smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
+        cure = f"try --micro-batch {smaller}" if smaller else "take a smaller --size or --arch, or a larger device"
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        raise UserError(
+            f"--micro-batch {micro} of --size {recipe['size']} does not fit into the memory of {place.device}: "
+            f"{peak:.1f} GiB were in use at most; {cure} (the recipe stays the same)"
+        ) from None
+
+
+def rehearse(run):
+    """Forward and backward of one micro-batch with 100 objects in every image: what doesn't fit fails now, not later.
+
+    Leaves no trace: weights, batch norm's averages, gradients, the optimizer and the random state are as before.
+    """
+    recipe, place, B = run.recipe, run.place, run.recipe["micro_batch"]
+    corners = torch.rand(B, MAX_OBJECTS, 2, generator=torch.Generator().manual_seed(0)) * (recipe["size"] - 64)
+    batch = {
+        "boxes": torch.cat((corners, corners + 64), dim=2),  # (B, 100, 4)
+        "labels": torch.zeros(B, MAX_OBJECTS, dtype=torch.int64),
+        "noise": torch.arange(B),
+        "masks": torch.ones(B, MAX_OBJECTS, MASK_SIDE, MASK_SIDE, dtype=torch.uint8),
+    }
+    images = torch.zeros(B, 3, recipe["size"], recipe["size"], dtype=torch.uint8)
+    averages = {name: value.clone() for name, value in run.detector.named_buffers()}
+    momenta = [] if run.optimizer.state else [torch.empty_like(p) for p in run.detector.parameters()]
+    run.model.train()
+    devices = [place.device] if place.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), run.model.no_sync() if place.world > 1 else contextlib.nullcontext():
+        with place.autocast():
+            losses = run.model(place.move(images), {name: value.to(place.device) for name, value in batch.items()})
+        run.scaler.scale(sum(losses.values())).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    del losses, momenta  # memory that the first step will take
+    for name, value in run.detector.named_buffers():
+        value.copy_(averages[name])
+
+
 def check_quickly(args):
     """What can be refused before anything slow: (recipe, out, path to resume from, its checkpoint)."""
     recipe = resolve(args)
@@ -629,7 +675,10 @@ def main(argv=None):
     if run.place.rank == 0:
         describe(run)
     began = time.perf_counter()
-    finished = fit(run)
+    with memory_in_words(run.recipe, run.place):
+        if run.place.device.type == "cuda":
+            rehearse(run)
+        finished = fit(run)
     if run.place.rank == 0:
         how = f"best AP {run.state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
         print(f"step {run.state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {run.out}")

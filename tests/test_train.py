@@ -1,5 +1,6 @@
 """train.py: the learning rate, the recipe, exact resume, several processes, and what happens when things go wrong."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -390,6 +391,41 @@ def test_late_data_is_warned_of(capsys):
             report.step({"step": step, "loss": 1.0, "lr": 0.1, "seconds": 1.0, "waited": waited})
         printed = "".join(capsys.readouterr())
         assert printed.count("raise --workers (now 1)") == warnings and "step 50/99: loss 1.000" in printed
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_rehearsal_leaves_no_trace(head, shapes, tmp_path):
+    """Oracle: the state before. Parameters, averages, gradients, optimizer, scaler and random state, to the last bit,
+    at the start and in the middle of a run; the rehearsal has run every parameter's backward."""
+    flags = [*TINY, "--head", head, "--data", str(shapes), "--batch-size", "4", "--micro-batch", "2", "--workers", "0"]
+    run = train.prepare(parse_args([*flags, "--protocol", "A", "--out", str(tmp_path)]))
+    touched = set()
+    for name, p in run.detector.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: touched.add((name, bool(p.grad.isfinite().all()))))
+
+    def state():
+        parts = (run.detector.state_dict(), run.optimizer.state_dict(), run.scaler.state_dict(), torch.get_rng_state())
+        return copy.deepcopy(parts)
+
+    loader = make_loader(TrainSet(run.train, 128, (1, 1)), micro_batches(0, 1, 4, 2), 0)
+    for _ in range(2):
+        before = state()
+        train.rehearse(run)
+        assert equal(state(), before) and all(p.grad is None for p in run.detector.parameters())
+        assert touched == {(name, True) for name, _ in run.detector.named_parameters()}
+        train_step(run.model, iter(loader), 2, run.optimizer, run.scaler, 0.1, 10.0, CPU)
+
+
+def test_out_of_memory_in_words():
+    """Oracle: by hand. The sentence names the micro-batch and the next smaller one that divides; others pass."""
+    recipe = recipe_of("--batch-size", 24) | {"micro_batch": 6}
+    with pytest.raises(UserError, match="--micro-batch 6 of --size 640 .* GiB were in use .*try --micro-batch 4"):
+        with train.memory_in_words(recipe, CPU):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(UserError, match="smaller --size"), train.memory_in_words(recipe | {"micro_batch": 1}, CPU):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="something else"), train.memory_in_words(recipe, CPU):
+        raise RuntimeError("something else")
 
 
 def ask_to_stop(rank, world, folder):
