@@ -112,12 +112,13 @@ def finish(place):
 
 
 @contextlib.contextmanager
-def rank_zero_first(place):
-    """Rank 0 goes through the block, writing what it writes, before the others do."""
-    if place.world > 1 and place.rank > 0:
+def first_of_machine_first(place):
+    """One process of each machine goes through the block, writing what it writes, before the others do."""
+    first = int(os.environ.get("LOCAL_RANK", place.rank)) == 0
+    if place.world > 1 and not first:
         dist.barrier()
     yield
-    if place.world > 1 and place.rank == 0:
+    if place.world > 1 and first:
         dist.barrier()
 
 
@@ -451,7 +452,7 @@ def main(argv=None):
     out = args.out or args.weights.parent / ("seen" if args.images else "")
     place, annotations = start(args.device, args.amp), None
     if not args.images:
-        with rank_zero_first(place):
+        with first_of_machine_first(place):
             annotations = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks)
         annotations = annotations.first_images(args.limit)
         check_categories(annotations, categories, args.weights)

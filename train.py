@@ -44,7 +44,7 @@ from data import (
     resolve_root,
     split_paths,
 )
-from evaluate import Place, evaluate, finish, load_checkpoint, rank_zero_first, start, write_grid
+from evaluate import Place, evaluate, finish, load_checkpoint, first_of_machine_first, start, write_grid
 from loss import MASK_ROIS, ROIS
 from model import ARCHS, HEADS, MULTIPLE, build_model, check_size
 
@@ -632,7 +632,7 @@ def prepare(args):
         raise
     place = start(args.device, args.amp)
     recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, place), "devices": place.world}
-    with rank_zero_first(place):  # which writes the generated set, and the packed form of a large json
+    with first_of_machine_first(place):  # which writes the generated set, and the packed form of a large json
         train, val = load_splits(args, recipe, place)
 
     torch.manual_seed(recipe["seed"])
