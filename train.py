@@ -44,7 +44,7 @@ from data import (
     resolve_root,
     split_paths,
 )
-from evaluate import Place, evaluate, finish, load_checkpoint, first_of_machine_first, start, write_grid
+from evaluate import Place, evaluate, finish, first_of_machine_first, load_checkpoint, start, write_grid
 from loss import MASK_ROIS, ROIS
 from model import ARCHS, HEADS, MULTIPLE, build_model, check_size
 
