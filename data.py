@@ -535,7 +535,7 @@ class View(NamedTuple):
 
     def image(self, image, size):
         """PIL image -> uint8 (3, S, S): the region resized at once, padded at the right and bottom."""
-        region = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
+        region = np.array(image)[self.top : self.bottom, self.left : self.right]  # (h, w, 3)
         region = torch.from_numpy(region).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
         # Departure: the authors' bilinear resize is not antialiased.
         region = F.interpolate(region, (self.height, self.width), mode="bilinear", antialias=True)[0]
