@@ -1,17 +1,18 @@
-"""How does a COCO folder become batches? Packed annotations, scale jitter, the sampler, the generated `shapes` set.
+"""How does a COCO folder become batches? Packed annotations, scale jitter, the samples, and who gets which.
+
+The way from files to batches is the first part, to `make_loader`. What it stands on follows, to be looked up: reading
+and checking the json, masks, pictures, the generated set `shapes`, the command line.
 
 Dimensions: N images, M objects, B images of a batch, S side of the network's square input, G = 100 targets.
 Boxes are xyxy float pixels, but in the json files and `Annotations.boxes`, which are COCO's xywh.
 
     python data.py --data D --check         decode every image, list the bad ones
     python data.py --data D --show 8        write augmented training samples with their boxes (--masks: and masks)
-    python data.py --data D --bench         images per second on one core, and the share of decoding
 """
 
 import argparse
 import contextlib
 import functools
-import glob
 import json
 import math
 import os
@@ -33,12 +34,14 @@ from tqdm import tqdm
 
 MAX_OBJECTS = 100  # G: targets per image (authors' yaml, max_num_instances)
 MASK_SIDE = 112  # cells of a target's mask, per side of its box (authors' yaml, gt_mask_size)
-PAD_COLOUR = (124, 116, 104)  # the mean colour: 0 after normalization, within rounding
+PAD = torch.tensor((124, 116, 104), dtype=torch.uint8).view(
+    3, 1, 1
+)  # the mean colour: 0 after normalization, within rounding
 MIN_SIDE = 0.01  # pixels: what the window leaves of an object's box below this is no object
 MAX_BROKEN = 0.01  # a larger share of broken objects means that the format is wrong, not an object
 TRAIN, VAL = "train2017", "val2017"
 PACKED_FROM = 50e6  # bytes of a json, from which its packed form is kept
-CACHE_VERSION = 1  # of that form
+CACHE_VERSION = 2  # of that form
 
 HELP = """Get COCO with
   mkdir -p {root} && cd {root}
@@ -73,129 +76,6 @@ def one_sentence():
         raise SystemExit(2) from None
 
 
-def ragged_rows(first, chosen):
-    """For rows first[k] to first[k + 1] that belong to k: (those of the chosen k, joined; their own `first`)."""
-    counts = np.diff(first)[chosen]
-    start = np.concatenate(([0], counts.cumsum()))
-    return np.repeat(first[chosen] - start[:-1], counts) + np.arange(start[-1]), start
-
-
-class Masks(NamedTuple):
-    """The segmentations of M objects, packed: each has either polygons or the run lengths of its image's pixels.
-
-    The polygons of object m are first_polygon[m] to first_polygon[m + 1], the points of polygon q are first_point[q] to
-    first_point[q + 1]; its runs are first_run[m] to first_run[m + 1].
-    """
-
-    points: np.ndarray  # (V, 2) float64: x, y in image pixels
-    first_point: np.ndarray  # (Q + 1,) int64
-    first_polygon: np.ndarray  # (M + 1,) int64
-    runs: np.ndarray  # (R,) int64: lengths in column-major order, background first
-    first_run: np.ndarray  # (M + 1,) int64
-
-    @classmethod
-    def pack(cls, segmentations):
-        """From COCO's form: lists of polygons, or dicts with run lengths of either kind."""
-        polygons = [s if isinstance(s, list) else [] for s in segmentations]
-        flat = [np.asarray(p, dtype=np.float64) for parts in polygons for p in parts]
-        runs = [run_lengths(s["counts"]) if isinstance(s, dict) else np.zeros(0, np.int64) for s in segmentations]
-        return cls(
-            np.concatenate([np.zeros(0), *flat]).reshape(-1, 2),
-            np.cumsum([0] + [len(p) // 2 for p in flat]),
-            np.cumsum([0] + [len(parts) for parts in polygons]),
-            np.concatenate([np.zeros(0, np.int64), *runs]),
-            np.cumsum([0] + [len(r) for r in runs]),
-        )
-
-    def select(self, objects):
-        """The same for these objects (indices) only."""
-        polygons, first_polygon = ragged_rows(self.first_polygon, objects)
-        points, first_point = ragged_rows(self.first_point, polygons)
-        runs, first_run = ragged_rows(self.first_run, objects)
-        return Masks(self.points[points], first_point, first_polygon, self.runs[runs], first_run)
-
-    def polygons(self, m):
-        """The polygons of object m, arrays (n, 2)."""
-        return [
-            self.points[self.first_point[q] : self.first_point[q + 1]]
-            for q in range(self.first_polygon[m], self.first_polygon[m + 1])
-        ]
-
-    def coco(self, m, height, width):
-        """The segmentation of object m in COCO's form."""
-        runs = self.runs[self.first_run[m] : self.first_run[m + 1]].tolist()
-        return {"size": [height, width], "counts": runs} if runs else [p.ravel().tolist() for p in self.polygons(m)]
-
-    def crop(self, m, box, height):
-        """Object m inside a box (4,) xyxy of its image: (112, 112) uint8, 1 where a cell's centre is in the object.
-
-        Read straight from the points or runs: no bitmap of the image is made, whatever its size or the box's.
-        """
-        centres = (np.arange(MASK_SIDE) + 0.5) / MASK_SIDE
-        x, y = box[0] + centres * (box[2] - box[0]), box[1] + centres * (box[3] - box[1])
-        runs = self.runs[self.first_run[m] : self.first_run[m + 1]]
-        if len(runs):  # odd runs are the object's
-            pixels = x.astype(np.int64) * height + y.astype(np.int64)[:, None]
-            return (np.searchsorted(runs.cumsum(), pixels, side="right") % 2).astype(np.uint8)
-        mask = np.zeros((MASK_SIDE, MASK_SIDE), dtype=np.uint8)
-        for points in self.polygons(m):
-            mask |= inside_polygon(points, x, y)
-        return mask
-
-
-def run_lengths(counts):
-    """(n,) int64 from COCO's run lengths: a list of them, or their compressed string.
-
-    The string's characters, less 48, are groups of 5 bits, low ones first, 32 marking that more follow, as a signed
-    number: from the fourth run on, the difference to the run before the last. Source: pycocotools' maskApi.c.
-    """
-    if not isinstance(counts, (str, bytes)):
-        return np.asarray(counts, dtype=np.int64)
-    code = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((code & 32) == 0)
-    starts = np.concatenate(([0], ends + 1))[: len(ends)]
-    place = np.arange(len(code)) - np.repeat(starts, np.diff(starts, append=len(code)))
-    values = np.add.reduceat((code & 31) << (5 * place), starts) if len(ends) else code[:0]
-    values -= ((code[ends] & 16) > 0).astype(np.int64) << (5 * (ends - starts + 1))  # the sign
-    for odd in (0, 1):
-        values[2 - odd :: 2] = values[2 - odd :: 2].cumsum()
-    return values
-
-
-def inside_polygon(points, x, y):
-    """(len(y), len(x)) uint8: 1 where (x, y) is inside the polygon (n, 2), by the parity of the edges to its left."""
-    ends = np.roll(points, -1, axis=0)
-    edge, row = np.nonzero((points[:, 1:] <= y) != (ends[:, 1:] <= y))  # the edges that cross each row
-    (x0, y0), (x1, y1) = points[edge].T, ends[edge].T
-    crossing = x0 + (y[row] - y0) * (x1 - x0) / (y1 - y0)
-    column = np.searchsorted(x, crossing)  # the first x that it lies left of
-    toggles = np.bincount(row * (len(x) + 1) + column, minlength=len(y) * (len(x) + 1))
-    return (toggles.reshape(len(y), -1)[:, :-1].cumsum(axis=1) % 2).astype(np.uint8)
-
-
-def paste_mask(mask, box, height, width):
-    """A mask (m, m) in 0..1 of a box (4,) xyxy, in image pixels, as COCO's compressed run-length code of the image.
-
-    A pixel is the object's where the mask, bilinearly at the pixel's centre, is above 0.5; outside the centres of its
-    outer cells the mask falls to 0 as if it were padded. Only the box's own pixels are computed.
-    """
-    low = np.floor(box[:2]).clip(0, (width, height)).astype(int)
-    high = np.ceil(box[2:]).clip(low, (width, height)).astype(int)
-    side = len(mask)
-    tents = []
-    for axis in (0, 1):  # bilinear interpolation is a product of a matrix per axis
-        pixels = np.arange(low[axis], high[axis]) + 0.5
-        place = (pixels - box[axis]) * (side / max(box[axis + 2] - box[axis], MIN_SIDE)) - 0.5
-        tents.append((1 - np.abs(place[:, None] - np.arange(side))).clip(0).astype(np.float32))
-    inside = tents[0] @ np.asarray(mask, dtype=np.float32).T @ tents[1].T > 0.5  # (w, h): columns are contiguous
-    column, row = np.nonzero(np.diff(inside.astype(np.int8), axis=1, prepend=0, append=0))
-    changes = (low[0] + column) * height + low[1] + row  # of the whole image's pixels, column by column
-    same = np.flatnonzero(changes[1:] == changes[:-1])  # a run that goes on into the next column
-    counts = np.diff(np.delete(changes, [same, same + 1]), prepend=0, append=height * width)
-    counts = counts[: len(counts) - (counts[-1] == 0)]
-    return coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-
-
 class Annotations(NamedTuple):
     """One split as packed arrays, which forked workers share: no Python object is kept per annotation.
 
@@ -213,7 +93,7 @@ class Annotations(NamedTuple):
     labels: np.ndarray  # (M,) int64 in 0..K-1
     crowd: np.ndarray  # (M,) bool
     area: np.ndarray  # (M,) float64: of the segmentation
-    masks: Masks | None = None
+    masks: "Masks | None" = None
     broken: tuple = ()  # ids of the annotations that were dropped
 
     def path(self, i):
@@ -262,249 +142,6 @@ class Annotations(NamedTuple):
         return text
 
 
-def split_paths(root, split):
-    """(annotation file, image folder) of a split, in COCO's layout."""
-    return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
-
-
-def require_split(root, split):
-    """The paths of a split, which must exist; else a UserError that names all missing ones and how to get them."""
-    path, folder = split_paths(root, split)
-    missing = " and ".join(str(p) for p in (folder, path) if not p.exists())
-    if missing:
-        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
-    return path, folder
-
-
-def load_annotations(root, split=TRAIN, masks=False):
-    """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
-
-    With `masks`, segmentations are kept, and an object without one is broken. A large json is packed at the first time,
-    into a folder beside it, from which its arrays are memory-mapped from then on.
-    Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
-    is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
-    """
-    path, folder = require_split(root, split)
-    caches = cache_folders(path, masks) if path.stat().st_size >= PACKED_FROM else []
-    opened = (open_cache(cache, folder) for cache in caches)
-    annotations = next((a for a in opened if a is not None), None)
-    if annotations is None:
-        began = time.perf_counter()
-        if caches:
-            print(f"reading {path}, once: its packed form will be kept", flush=True)
-        annotations = parse_annotations(path, folder, masks)
-        if caches:
-            kept = next((cache for cache in caches if write_cache(cache, annotations)), None)
-            seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak /= 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-            where = f"packed into {kept}" if kept else "no folder for its packed form is writable"
-            print(f"read {path} in {seconds:.0f} s, {peak:.1f} GiB of memory at most; {where}", flush=True)
-            annotations = (kept and open_cache(kept, folder)) or annotations
-    check_files(annotations, path)
-    return annotations
-
-
-def cache_folders(path, masks):
-    """Where the packed form of a json may be: beside it, or in the user's cache. Their name changes with the json."""
-    stat = path.stat()
-    kind = "masks" if masks else "boxes"
-    name = f"{path.stem}.{kind}.v{CACHE_VERSION}.{stat.st_size}.{stat.st_mtime_ns}.packed"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    return [path.parent / name, home / "spinenet" / name]
-
-
-def write_cache(cache, annotations):
-    """Write Annotations as .npy files, all or nothing, in place of older ones of the same json; whether that worked."""
-    draft = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    arrays = {name: value for name, value in annotations._asdict().items() if isinstance(value, np.ndarray)}
-    arrays |= {
-        f"masks.{name}": value for name, value in (annotations.masks._asdict() if annotations.masks else {}).items()
-    }
-    try:
-        draft.mkdir(parents=True)
-        for name, value in arrays.items():
-            np.save(draft / f"{name}.npy", value)
-        plain = {"categories": annotations.categories, "broken": annotations.broken}
-        (draft / "plain.json").write_text(json.dumps(plain))
-        stem = ".".join(cache.name.split(".")[:-3])
-        for old in cache.parent.glob(f"{glob.escape(stem)}.*.packed"):
-            shutil.rmtree(old, ignore_errors=True)
-        os.rename(draft, cache)
-    except OSError:
-        shutil.rmtree(draft, ignore_errors=True)
-    return cache.is_dir()
-
-
-def open_cache(cache, folder):
-    """The Annotations in a cache, memory-mapped; None where there is none, or not a whole one."""
-    try:
-        plain = json.loads((cache / "plain.json").read_text())
-        arrays = {f.stem: np.load(f, mmap_mode="r").view(np.ndarray) for f in cache.glob("*.npy")}
-        masks = {name.removeprefix("masks."): arrays.pop(name) for name in list(arrays) if name.startswith("masks.")}
-        categories, broken = [tuple(c) for c in plain["categories"]], tuple(plain["broken"])
-        return Annotations(str(folder), categories, **arrays, masks=Masks(**masks) if masks else None, broken=broken)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def parse_annotations(path, folder, masks):
-    """The Annotations in a json file; see `load_annotations`."""
-    images, objects, categories = read_coco(path)
-
-    ids = column(images, "id", "image", path)
-    order = np.argsort(ids, kind="stable")
-    images, ids = [images[k] for k in order], ids[order]
-    heights, widths = column(images, "height", "image", path), column(images, "width", "image", path)
-    category_ids = np.sort(column(categories, "id", "category", path))
-    object_ids = [o.get("id", f"number {k}") for k, o in enumerate(objects)]
-    owner, category = column(objects, "image_id", "object", path), column(objects, "category_id", "object", path)
-    check_ids("image", ids.tolist(), owner, object_ids, path)
-    check_ids("category", category_ids.tolist(), category, object_ids, path)
-    check_ids("annotation", object_ids, [], [], path)
-    if (np.minimum(heights, widths) <= 0).any():
-        bad = ids[np.minimum(heights, widths) <= 0][0]
-        raise UserError(f"{path}: image id {bad} has no positive height and width; correct them")
-    names = file_names(images, ids, path)
-
-    owner = np.searchsorted(ids, owner)
-    boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
-    area = np.array([numbers([o.get("area")], 1)[0] for o in objects], dtype=np.float64)
-    broken = broken_objects(objects, boxes, heights[owner], widths[owner], masks)
-    broken_ids = tuple(object_ids[k] for k in np.flatnonzero(broken))
-    if len(broken_ids) > MAX_BROKEN * len(objects):
-        raise UserError(
-            f"{path}: {len(broken_ids)} of {len(objects)} objects are broken, such as annotation ids "
-            f"{list(broken_ids[:5])}: a bbox must be [x, y, width, height] in pixels (not two corners) with positive "
-            "sides inside its image, a polygon [x1, y1, x2, y2, ...] 3 points, an RLE its image's size"
-            + (", and every object a segmentation, without which only --head retinanet can be trained" if masks else "")
-            + "; correct them"
-        )
-    rows = np.flatnonzero(~broken)
-    rows = rows[np.argsort(owner[rows], kind="stable")]
-    counts = np.bincount(owner[rows], minlength=len(ids))
-    name_of = {c["id"]: str(c.get("name", c["id"])) for c in categories}
-    return Annotations(
-        folder=str(folder),
-        categories=[(k, name_of[k]) for k in category_ids.tolist()],
-        ids=ids,
-        files=np.array([os.fsencode(name) for name in names]),
-        heights=heights,
-        widths=widths,
-        first=np.concatenate(([0], counts.cumsum())),
-        boxes=boxes[rows],
-        labels=np.searchsorted(category_ids, category[rows]),
-        crowd=np.array([bool(objects[k].get("iscrowd")) for k in rows], dtype=bool),
-        area=np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])[rows],
-        masks=Masks.pack([objects[k]["segmentation"] for k in rows]) if masks else None,
-        broken=broken_ids,
-    )
-
-
-def read_coco(path):
-    """(images, annotations, categories) of a json file: lists of dicts, the first and the last not empty."""
-    try:
-        content = json.loads(path.read_bytes())
-        parts = [content[key] for key in ("images", "annotations", "categories")]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a COCO annotation file ({type(error).__name__}: {error}): it must be an object with the "
-            "lists images, annotations and categories; download or export it again"
-        ) from None
-    for key, part in zip(("images", "annotations", "categories"), parts):
-        if not isinstance(part, list) or not all(isinstance(row, dict) for row in part):
-            raise UserError(f"{path}: {key!r} is not a list of objects as COCO has it; export the file again")
-        if not part and key != "annotations":
-            raise UserError(f"{path} has no {key}; export it again")
-    return parts
-
-
-def column(rows, key, what, path):
-    """(len(rows),) int64: row[key] of every row. Raises UserError at the first that has no integer there."""
-    for k, row in enumerate(rows):
-        value = row.get(key)
-        if not isinstance(value, (int, float)) or not abs(value) < 2**53 or value != int(value):
-            where = f"id {row['id']}" if "id" in row and key != "id" else f"number {k}"
-            raise UserError(f"{path}: {what} {where} has {key} {value!r}, which is not an integer; correct it")
-    return np.array([row[key] for row in rows], dtype=np.int64)
-
-
-def numbers(values, count):
-    """`values` if they are a list of `count` numbers, else as many NaN."""
-    sound = isinstance(values, list) and len(values) == count
-    sound = sound and all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)
-    return values if sound else [math.nan] * count
-
-
-def check_ids(what, known, used, objects, path):
-    """Raise UserError where an id stands twice in `known`, or an object uses one that isn't there."""
-    seen = set()
-    for value in known:
-        if str(value) in seen:
-            raise UserError(f"{path} has the {what} id {value} twice; export it again")
-        seen.add(str(value))
-    unknown = np.flatnonzero(~np.isin(used, known))
-    if len(unknown):
-        k = unknown[0]
-        raise UserError(
-            f"{path}: annotation id {objects[k]} has {what}_id {used[k]}, which the file's list of {what} ids "
-            "doesn't have; correct or remove it"
-        )
-
-
-def file_names(images, ids, path):
-    """The images' file names, which must be text."""
-    names = [image.get("file_name") for image in images]
-    for name, image_id in zip(names, ids):
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise UserError(f"{path}: image id {image_id} has the file_name {name!r}; correct it")
-    return names
-
-
-def check_files(annotations, path):
-    """Raise UserError unless every image's file is there."""
-    folder = Path(annotations.folder)
-    present = np.array([os.fsencode(entry.name) for entry in os.scandir(folder)] if folder.is_dir() else [], dtype="S")
-    for i in np.flatnonzero(~np.isin(annotations.files, present)).tolist():
-        if not os.path.isfile(annotations.path(i)):
-            name = os.fsdecode(bytes(annotations.files[i]))
-            raise UserError(
-                f"{folder} has no file {name!r}, which {path} names for image id {annotations.ids[i]}; unpack the "
-                "images there again"
-            )
-
-
-def broken_objects(objects, boxes, heights, widths, masks):
-    """(M,) bool: no finite box of positive sides at least half of which is in its image, or an unsound mask, or none
-    where `masks` are needed."""
-    x, y, w, h = boxes.T
-    with np.errstate(invalid="ignore"):
-        visible_w = (np.minimum(x + w, widths) - np.maximum(x, 0)).clip(0)
-        visible_h = (np.minimum(y + h, heights) - np.maximum(y, 0)).clip(0)
-        sound = (w > 0) & (h > 0) & (visible_w * visible_h >= w * h / 2)  # NaN compares false
-    sizes = zip(heights.tolist(), widths.tolist())
-    sound_masks = [sound_mask(o.get("segmentation"), size, masks) for o, size in zip(objects, sizes)]
-    return ~(sound & np.array(sound_masks, dtype=bool))
-
-
-def sound_mask(segmentation, size, needed):
-    """Polygons of 3 points or more, at most an image's side outside of it, or run lengths of the image's (height,
-    width), or, if not `needed`, nothing at all."""
-    side = max(size)
-    try:
-        if isinstance(segmentation, dict):
-            sized, counts = numbers(segmentation["size"], 2) == list(size), segmentation["counts"]
-            if not needed or not sized:
-                return sized
-            runs = run_lengths(counts)
-            return runs.ndim == 1 and runs.min() >= 0 and runs.sum() == size[0] * size[1]
-        for p in segmentation or ():
-            if len(p) < 6 or len(p) % 2 or not math.isfinite(sum(p)) or min(p) < -side or max(p) > 2 * side:
-                return False
-        return bool(segmentation or not needed)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        return False
-
-
 class View(NamedTuple):
     """How an image is seen: the source region (whole pixels), its size in the network's input, and the flip."""
 
@@ -535,12 +172,14 @@ class View(NamedTuple):
 
     def image(self, image, size):
         """PIL image -> uint8 (3, S, S): the region resized at once, padded at the right and bottom."""
-        region = np.array(image)[self.top : self.bottom, self.left : self.right]  # (h, w, 3)
-        region = torch.from_numpy(region).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
+        region = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
+        # channels_last in all strides, the batch's too: without, the resize takes up to 4 times as long.
+        region = torch.from_numpy(region)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
         # Departure: the authors' bilinear resize is not antialiased.
         region = F.interpolate(region, (self.height, self.width), mode="bilinear", antialias=True)[0]
-        canvas = torch.tensor(PAD_COLOUR, dtype=torch.uint8).view(3, 1, 1).repeat(1, size, size)
+        canvas = torch.empty(3, size, size, dtype=torch.uint8)
         canvas[:, : self.height, : self.width] = region.flip(2) if self.flip else region
+        canvas[:, self.height :] = canvas[:, : self.height, self.width :] = PAD
         return canvas
 
 
@@ -678,6 +317,382 @@ def make_loader(dataset, batches, workers, pin_memory=False):
 def own_process_group(worker):
     """Ctrl-C and SIGTERM go to a whole process group: out of it, a worker lives until the main process is done."""
     os.setpgrp()
+
+
+# Reading and checking: a json becomes Annotations once, where it enters.
+
+
+def split_paths(root, split):
+    """(annotation file, image folder) of a split, in COCO's layout."""
+    return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
+
+
+def require_split(root, split):
+    """The paths of a split, which must exist; else a UserError that names all missing ones and how to get them."""
+    path, folder = split_paths(root, split)
+    missing = " and ".join(str(p) for p in (folder, path) if not p.exists())
+    if missing:
+        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
+    return path, folder
+
+
+def load_annotations(root, split=TRAIN, masks=False):
+    """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
+
+    With `masks`, segmentations are kept, and an object without one is broken. A large json is packed at the first time,
+    into a folder beside it, from which its arrays are memory-mapped from then on.
+    Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
+    is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
+    """
+    path, folder = require_split(root, split)
+    caches = cache_files(path, masks) if path.stat().st_size >= PACKED_FROM else []
+    opened = (open_cache(cache, folder) for cache in caches)
+    annotations = next((a for a in opened if a is not None), None)
+    if annotations is None:
+        annotations = pack(path, folder, masks, caches) if caches else parse_annotations(path, folder, masks)
+    check_files(annotations, path)
+    return annotations
+
+
+def pack(path, folder, masks, caches):
+    """Parse a json, keep its packed form in the first of the caches that can be written, and say what it took."""
+    print(f"reading {path}, once: its packed form will be kept", flush=True)
+    began = time.perf_counter()
+    annotations = parse_annotations(path, folder, masks)
+    kept = next((cache for cache in caches if write_cache(cache, annotations)), None)
+    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak /= 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    where = f"packed into {kept}" if kept else "no folder for its packed form is writable"
+    print(f"read {path} in {seconds:.0f} s, {peak:.1f} GiB of memory at most; {where}", flush=True)
+    return (kept and open_cache(kept, folder)) or annotations
+
+
+def cache_files(path, masks):
+    """Where the packed form of a json may be: beside it, or in the user's cache. Their name changes with the json."""
+    stat = path.stat()
+    kind = "masks" if masks else "boxes"
+    name = f"{path.stem}.{kind}.v{CACHE_VERSION}.{stat.st_size}.{stat.st_mtime_ns}.packed"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    return [path.parent / name, home / "spinenet" / name]
+
+
+def write_cache(cache, annotations):
+    """Write Annotations to a file, all or nothing, in place of older ones of the same json; whether that worked."""
+    content = annotations._asdict() | {"files": annotations.files.view(np.uint8)}  # torch has no arrays of text
+    content["masks"] = annotations.masks and annotations.masks._asdict()
+    draft = cache.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(map_arrays(torch.from_numpy, content), draft)
+        for old in cache.parent.glob(cache.name.rsplit(".", 3)[0] + ".*.packed"):
+            old.unlink()
+        os.replace(draft, cache)
+    except (OSError, RuntimeError):  # a full disk is a RuntimeError to torch
+        with contextlib.suppress(OSError):
+            draft.unlink()
+    return cache.is_file()
+
+
+def open_cache(cache, folder):
+    """The Annotations in a cache, memory-mapped; None where there is none, or not a whole one."""
+    try:
+        content = map_arrays(torch.Tensor.numpy, torch.load(cache, mmap=True, weights_only=True))
+        content["files"] = content["files"].view(f"S{content['files'].size // len(content['ids'])}")
+        content["masks"] = content["masks"] and Masks(**content["masks"])
+        return Annotations(**content | {"folder": str(folder)})
+    except Exception:  # whatever the file holds, the json is still there to be read
+        return None
+
+
+def map_arrays(function, content):
+    """The same with function(a) in place of every array a of a dict and of the dicts in it."""
+    if isinstance(content, dict):
+        return {key: map_arrays(function, value) for key, value in content.items()}
+    return function(content) if isinstance(content, (np.ndarray, torch.Tensor)) else content
+
+
+def parse_annotations(path, folder, masks):
+    """The Annotations in a json file; see `load_annotations`."""
+    images, objects, categories = read_coco(path)
+
+    ids = column(images, "id", "image", path)
+    order = np.argsort(ids, kind="stable")
+    images, ids = [images[k] for k in order], ids[order]
+    heights, widths = column(images, "height", "image", path), column(images, "width", "image", path)
+    category_ids = np.sort(column(categories, "id", "category", path))
+    object_ids = [o.get("id", f"number {k}") for k, o in enumerate(objects)]
+    owner, category = column(objects, "image_id", "object", path), column(objects, "category_id", "object", path)
+    check_ids("image", ids.tolist(), owner, object_ids, path)
+    check_ids("category", category_ids.tolist(), category, object_ids, path)
+    check_ids("annotation", object_ids, [], [], path)
+    if (np.minimum(heights, widths) <= 0).any():
+        bad = ids[np.minimum(heights, widths) <= 0][0]
+        raise UserError(f"{path}: image id {bad} has no positive height and width; correct them")
+    names = file_names(images, ids, path)
+
+    owner = np.searchsorted(ids, owner)
+    boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
+    area = np.array([numbers([o.get("area")], 1)[0] for o in objects], dtype=np.float64)
+    broken = broken_objects(objects, boxes, heights[owner], widths[owner], masks)
+    broken_ids = tuple(object_ids[k] for k in np.flatnonzero(broken))
+    if len(broken_ids) > MAX_BROKEN * len(objects):
+        raise UserError(
+            f"{path}: {len(broken_ids)} of {len(objects)} objects are broken, such as annotation ids "
+            f"{list(broken_ids[:5])}: a bbox must be [x, y, width, height] in pixels (not two corners) with positive "
+            "sides inside its image, a polygon [x1, y1, x2, y2, ...] 3 points, an RLE its image's size"
+            + (", and every object a segmentation, without which only --head retinanet can be trained" if masks else "")
+            + "; correct them"
+        )
+    rows = np.flatnonzero(~broken)
+    rows = rows[np.argsort(owner[rows], kind="stable")]
+    counts = np.bincount(owner[rows], minlength=len(ids))
+    name_of = {c["id"]: str(c.get("name", c["id"])) for c in categories}
+    return Annotations(
+        folder=str(folder),
+        categories=[(k, name_of[k]) for k in category_ids.tolist()],
+        ids=ids,
+        files=np.array([os.fsencode(name) for name in names]),
+        heights=heights,
+        widths=widths,
+        first=np.concatenate(([0], counts.cumsum())),
+        boxes=boxes[rows],
+        labels=np.searchsorted(category_ids, category[rows]),
+        crowd=np.array([bool(objects[k].get("iscrowd")) for k in rows], dtype=bool),
+        area=np.where(np.isfinite(area), area, boxes[:, 2] * boxes[:, 3])[rows],
+        masks=Masks.pack([objects[k]["segmentation"] for k in rows]) if masks else None,
+        broken=broken_ids,
+    )
+
+
+def broken_objects(objects, boxes, heights, widths, masks):
+    """(M,) bool: no finite box of positive sides at least half of which is in its image, or an unsound mask, or none
+    where `masks` are needed."""
+    x, y, w, h = boxes.T
+    with np.errstate(invalid="ignore"):
+        visible_w = (np.minimum(x + w, widths) - np.maximum(x, 0)).clip(0)
+        visible_h = (np.minimum(y + h, heights) - np.maximum(y, 0)).clip(0)
+        sound = (w > 0) & (h > 0) & (visible_w * visible_h >= w * h / 2)  # NaN compares false
+    sizes = zip(heights.tolist(), widths.tolist())
+    sound_masks = [sound_mask(o.get("segmentation"), size, masks) for o, size in zip(objects, sizes)]
+    return ~(sound & np.array(sound_masks, dtype=bool))
+
+
+def sound_mask(segmentation, size, needed):
+    """Polygons of 3 points or more, at most an image's side outside of it, or run lengths of the image's (height,
+    width), or, if not `needed`, nothing at all."""
+    side = max(size)
+    try:
+        if isinstance(segmentation, dict):
+            sized, counts = numbers(segmentation["size"], 2) == list(size), segmentation["counts"]
+            if not needed or not sized:
+                return sized
+            runs = run_lengths(counts)
+            return runs.ndim == 1 and runs.min() >= 0 and runs.sum() == size[0] * size[1]
+        for p in segmentation or ():
+            if len(p) < 6 or len(p) % 2 or not math.isfinite(sum(p)) or min(p) < -side or max(p) > 2 * side:
+                return False
+        return bool(segmentation or not needed)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return False
+
+
+def read_coco(path):
+    """(images, annotations, categories) of a json file: lists of dicts, the first and the last not empty."""
+    try:
+        content = json.loads(path.read_bytes())
+        parts = [content[key] for key in ("images", "annotations", "categories")]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not a COCO annotation file ({type(error).__name__}: {error}): it must be an object with the "
+            "lists images, annotations and categories; download or export it again"
+        ) from None
+    for key, part in zip(("images", "annotations", "categories"), parts):
+        if not isinstance(part, list) or not all(isinstance(row, dict) for row in part):
+            raise UserError(f"{path}: {key!r} is not a list of objects as COCO has it; export the file again")
+        if not part and key != "annotations":
+            raise UserError(f"{path} has no {key}; export it again")
+    return parts
+
+
+def column(rows, key, what, path):
+    """(len(rows),) int64: row[key] of every row. Raises UserError at the first that has no integer there."""
+    for k, row in enumerate(rows):
+        value = row.get(key)
+        if not isinstance(value, (int, float)) or not abs(value) < 2**53 or value != int(value):
+            where = f"id {row['id']}" if "id" in row and key != "id" else f"number {k}"
+            raise UserError(f"{path}: {what} {where} has {key} {value!r}, which is not an integer; correct it")
+    return np.array([row[key] for row in rows], dtype=np.int64)
+
+
+def numbers(values, count):
+    """`values` if they are a list of `count` numbers, else as many NaN."""
+    sound = isinstance(values, list) and len(values) == count
+    sound = sound and all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)
+    return values if sound else [math.nan] * count
+
+
+def check_ids(what, known, used, objects, path):
+    """Raise UserError where an id stands twice in `known`, or an object uses one that isn't there."""
+    seen = set()
+    for value in known:
+        if str(value) in seen:
+            raise UserError(f"{path} has the {what} id {value} twice; export it again")
+        seen.add(str(value))
+    unknown = np.flatnonzero(~np.isin(used, known))
+    if len(unknown):
+        k = unknown[0]
+        raise UserError(
+            f"{path}: annotation id {objects[k]} has {what}_id {used[k]}, which the file's list of {what} ids "
+            "doesn't have; correct or remove it"
+        )
+
+
+def file_names(images, ids, path):
+    """The images' file names, which must be text."""
+    names = [image.get("file_name") for image in images]
+    for name, image_id in zip(names, ids):
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise UserError(f"{path}: image id {image_id} has the file_name {name!r}; correct it")
+    return names
+
+
+def check_files(annotations, path):
+    """Raise UserError unless every image's file is there."""
+    folder = Path(annotations.folder)
+    present = np.array([os.fsencode(entry.name) for entry in os.scandir(folder)] if folder.is_dir() else [], dtype="S")
+    for i in np.flatnonzero(~np.isin(annotations.files, present)).tolist():
+        if not os.path.isfile(annotations.path(i)):
+            name = os.fsdecode(bytes(annotations.files[i]))
+            raise UserError(
+                f"{folder} has no file {name!r}, which {path} names for image id {annotations.ids[i]}; unpack the "
+                "images there again"
+            )
+
+
+# Masks: packed, cropped to their boxes, and pasted back.
+
+
+def ragged_rows(first, chosen):
+    """For rows first[k] to first[k + 1] that belong to k: (those of the chosen k, joined; their own `first`)."""
+    counts = np.diff(first)[chosen]
+    start = np.concatenate(([0], counts.cumsum()))
+    return np.repeat(first[chosen] - start[:-1], counts) + np.arange(start[-1]), start
+
+
+class Masks(NamedTuple):
+    """The segmentations of M objects, packed: each has either polygons or the run lengths of its image's pixels.
+
+    The polygons of object m are first_polygon[m] to first_polygon[m + 1], the points of polygon q are first_point[q] to
+    first_point[q + 1]; its runs are first_run[m] to first_run[m + 1].
+    """
+
+    points: np.ndarray  # (V, 2) float64: x, y in image pixels
+    first_point: np.ndarray  # (Q + 1,) int64
+    first_polygon: np.ndarray  # (M + 1,) int64
+    runs: np.ndarray  # (R,) int64: lengths in column-major order, background first
+    first_run: np.ndarray  # (M + 1,) int64
+
+    @classmethod
+    def pack(cls, segmentations):
+        """From COCO's form: lists of polygons, or dicts with run lengths of either kind."""
+        polygons = [s if isinstance(s, list) else [] for s in segmentations]
+        flat = [np.asarray(p, dtype=np.float64) for parts in polygons for p in parts]
+        runs = [run_lengths(s["counts"]) if isinstance(s, dict) else np.zeros(0, np.int64) for s in segmentations]
+        return cls(
+            np.concatenate([np.zeros(0), *flat]).reshape(-1, 2),
+            np.cumsum([0] + [len(p) // 2 for p in flat]),
+            np.cumsum([0] + [len(parts) for parts in polygons]),
+            np.concatenate([np.zeros(0, np.int64), *runs]),
+            np.cumsum([0] + [len(r) for r in runs]),
+        )
+
+    def select(self, objects):
+        """The same for these objects (indices) only."""
+        polygons, first_polygon = ragged_rows(self.first_polygon, objects)
+        points, first_point = ragged_rows(self.first_point, polygons)
+        runs, first_run = ragged_rows(self.first_run, objects)
+        return Masks(self.points[points], first_point, first_polygon, self.runs[runs], first_run)
+
+    def polygons(self, m):
+        """The polygons of object m, arrays (n, 2)."""
+        return [
+            self.points[self.first_point[q] : self.first_point[q + 1]]
+            for q in range(self.first_polygon[m], self.first_polygon[m + 1])
+        ]
+
+    def coco(self, m, height, width):
+        """The segmentation of object m in COCO's form."""
+        runs = self.runs[self.first_run[m] : self.first_run[m + 1]].tolist()
+        return {"size": [height, width], "counts": runs} if runs else [p.ravel().tolist() for p in self.polygons(m)]
+
+    def crop(self, m, box, height):
+        """Object m inside a box (4,) xyxy of its image: (112, 112) uint8, 1 where a cell's centre is in the object.
+
+        Read straight from the points or runs: no bitmap of the image is made, whatever its size or the box's.
+        """
+        centres = (np.arange(MASK_SIDE) + 0.5) / MASK_SIDE
+        x, y = box[0] + centres * (box[2] - box[0]), box[1] + centres * (box[3] - box[1])
+        runs = self.runs[self.first_run[m] : self.first_run[m + 1]]
+        if len(runs):  # odd runs are the object's
+            pixels = x.astype(np.int64) * height + y.astype(np.int64)[:, None]
+            return (np.searchsorted(runs.cumsum(), pixels, side="right") % 2).astype(np.uint8)
+        mask = np.zeros((MASK_SIDE, MASK_SIDE), dtype=np.uint8)
+        for points in self.polygons(m):
+            mask |= inside_polygon(points, x, y)
+        return mask
+
+
+def run_lengths(counts):
+    """(n,) int64 from COCO's run lengths: a list of them, or their compressed string.
+
+    The string's characters, less 48, are groups of 5 bits, low ones first, 32 marking that more follow, as a signed
+    number: from the fourth run on, the difference to the run before the last. Source: pycocotools' maskApi.c.
+    """
+    if not isinstance(counts, (str, bytes)):
+        return np.asarray(counts, dtype=np.int64)
+    code = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero((code & 32) == 0)
+    starts = np.concatenate(([0], ends + 1))[: len(ends)]
+    place = np.arange(len(code)) - np.repeat(starts, np.diff(starts, append=len(code)))
+    values = np.add.reduceat((code & 31) << (5 * place), starts) if len(ends) else code[:0]
+    values -= ((code[ends] & 16) > 0).astype(np.int64) << (5 * (ends - starts + 1))  # the sign
+    for odd in (0, 1):
+        values[2 - odd :: 2] = values[2 - odd :: 2].cumsum()
+    return values
+
+
+def inside_polygon(points, x, y):
+    """(len(y), len(x)) uint8: 1 where (x, y) is inside the polygon (n, 2), by the parity of the edges to its left."""
+    ends = np.roll(points, -1, axis=0)
+    edge, row = np.nonzero((points[:, 1:] <= y) != (ends[:, 1:] <= y))  # the edges that cross each row
+    (x0, y0), (x1, y1) = points[edge].T, ends[edge].T
+    crossing = x0 + (y[row] - y0) * (x1 - x0) / (y1 - y0)
+    column = np.searchsorted(x, crossing)  # the first x that it lies left of
+    toggles = np.bincount(row * (len(x) + 1) + column, minlength=len(y) * (len(x) + 1))
+    return (toggles.reshape(len(y), -1)[:, :-1].cumsum(axis=1) % 2).astype(np.uint8)
+
+
+def paste_mask(mask, box, height, width):
+    """A mask (m, m) in 0..1 of a box (4,) xyxy, in image pixels, as COCO's compressed run-length code of the image.
+
+    A pixel is the object's where the mask, bilinearly at the pixel's centre, is above 0.5; outside the centres of its
+    outer cells the mask falls to 0 as if it were padded. Only the box's own pixels are computed.
+    """
+    low = np.floor(box[:2]).clip(0, (width, height)).astype(int)
+    high = np.ceil(box[2:]).clip(low, (width, height)).astype(int)
+    side = len(mask)
+    tents = []
+    for axis in (0, 1):  # bilinear interpolation is a product of a matrix per axis
+        pixels = np.arange(low[axis], high[axis]) + 0.5
+        place = (pixels - box[axis]) * (side / max(box[axis + 2] - box[axis], MIN_SIDE)) - 0.5
+        tents.append((1 - np.abs(place[:, None] - np.arange(side))).clip(0).astype(np.float32))
+    inside = tents[0] @ np.asarray(mask, dtype=np.float32).T @ tents[1].T > 0.5  # (w, h): columns are contiguous
+    column, row = np.nonzero(np.diff(inside.astype(np.int8), axis=1, prepend=0, append=0))
+    changes = (low[0] + column) * height + low[1] + row  # of the whole image's pixels, column by column
+    same = np.flatnonzero(changes[1:] == changes[:-1])  # a run that goes on into the next column
+    counts = np.diff(np.delete(changes, [same, same + 1]), prepend=0, append=height * width)
+    counts = counts[: len(counts) - (counts[-1] == 0)]
+    return coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
 
 
 PALETTE = ((230, 60, 60), (60, 160, 240), (60, 200, 90), (240, 190, 40), (190, 90, 220), (40, 200, 200), (250, 130, 40))
@@ -849,10 +864,8 @@ def coco_object(o):
         low, high = o["polygon"].min(axis=0), o["polygon"].max(axis=0)
         segmentation, box = [o["polygon"].ravel().tolist()], [*low, *(high - low)]
     else:
-        pixels = mask.ravel(order="F")
-        changes = np.flatnonzero(np.diff(pixels, prepend=False))  # runs alternate, background first
-        counts = np.diff(np.concatenate(([0], changes, [pixels.size]))).tolist()
-        segmentation, box = {"size": list(mask.shape), "counts": counts}, coco_mask.toBbox(code)
+        segmentation = {"size": list(mask.shape), "counts": run_lengths(code["counts"]).tolist()}
+        box = coco_mask.toBbox(code)
     box = [round(float(v), 2) for v in box]
     area = float(coco_mask.area(code))
     return {k: o[k] for k in ("category_id", "iscrowd")} | {"bbox": box, "area": area, "segmentation": segmentation}
@@ -865,6 +878,9 @@ def resolve_root(data):
     root = Path("data/shapes")
     write_shapes(root)
     return root
+
+
+# The command line.
 
 
 def check(annotations):
@@ -891,25 +907,6 @@ def show(dataset, count, out):
     print(f"wrote {count} samples to {out}")
 
 
-def bench(dataset, seconds=5.0):
-    """Images per second of the training samples on one core, and the share of it that is decoding alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    a, n, decode, start = dataset.annotations, 0, 0.0, time.perf_counter()
-    while time.perf_counter() - start - decode < seconds:
-        dataset[n]
-        before = time.perf_counter()
-        read_checked(a, dataset.image_of(n)[1])
-        decode += time.perf_counter() - before
-        n += 1
-    whole = time.perf_counter() - start - decode
-    torch.set_num_threads(threads)
-    print(
-        f"{n / whole:.0f} images/s on one core ({1000 * whole / n:.2f} ms each, "
-        f"{100 * decode / whole:.0f} % of it decoding)"
-    )
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Look at a data set as training sees it.")
     parser.add_argument(
@@ -919,7 +916,6 @@ def main(argv=None):
     parser.add_argument("--masks", action="store_true", help="with masks, as Mask R-CNN is trained")
     parser.add_argument("--check", action="store_true", help="decode every image and list the bad ones")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="write N augmented samples with their objects")
-    parser.add_argument("--bench", action="store_true", help="images per second on one core")
     parser.add_argument("--size", type=int, default=640, help="side of the network's input (default 640)")
     parser.add_argument("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar=("LOW", "HIGH"))
     parser.add_argument("--seed", type=int, default=0)
@@ -931,8 +927,6 @@ def main(argv=None):
     dataset = TrainSet(annotations, args.size, args.jitter, seed=args.seed)
     if args.show:
         show(dataset, args.show, args.out)
-    if args.bench:
-        bench(dataset)
     if args.check:
         bad = check(annotations)
         print("\n".join(bad + [f"{len(bad)} of {len(annotations.ids)} images are bad"]))

@@ -471,7 +471,7 @@ class Report:
         if waited > MAX_WAITING * seconds:
             self.bar.write(
                 f"warning: {100 * waited / seconds:.0f} % of the time went on waiting for data; raise --workers (now "
-                f"{self.run.workers}), or see data.py --bench for what a core can do"
+                f"{self.run.workers}), or see tests/bench_data.py for what a core can do"
             )
 
 

@@ -1,13 +1,14 @@
 """How fast is the data? Training samples beside torchvision's own pipeline on one core; start-up at COCO's size.
 
 python tests/bench_data.py --data FOLDER            samples per second, on one core, of a folder in COCO's layout
-python tests/bench_data.py --start                  start-up on a generated json of train2017's size
+python tests/bench_data.py --start                  start-up on a generated json of train2017's size, and a pass over it
 python tests/bench_data.py --start --scale 0.1      the same, a tenth of it
 """
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -92,15 +93,17 @@ def throughput(root, rounds, samples):
 
 
 def write_json(root, scale):
-    """A json of train2017's size, times `scale`, and the files that it names, empty."""
+    """A json of train2017's size, times `scale`, and the files that it names: one image, linked."""
     rng = np.random.default_rng(0)
     path, folder = data.split_paths(root, data.TRAIN)
     path.parent.mkdir(parents=True)
     folder.mkdir()
     images, objects = int(IMAGES * scale), int(OBJECTS * scale)
     names = [f"{k:012d}.jpg" for k in range(images)]
+    ground = rng.integers(0, 255, (480 // 8, 640 // 8, 3), dtype=np.uint8)
+    Image.fromarray(ground).resize((640, 480)).save(folder / "image.jpg")
     for name in names:
-        (folder / name).touch()
+        (folder / name).symlink_to("image.jpg")
     url = "http://images.cocodataset.org/train2017/"
     rows = [
         {
@@ -130,37 +133,44 @@ def write_json(root, scale):
     return path
 
 
-START = """
-import sys, time
-sys.path.insert(0, {project!r})
-import torch, torchvision, data
-def anonymous():
-    (line,) = [l for l in open("/proc/self/status") if l.startswith("RssAnon")]
-    return int(line.split()[1]) / 1024
-before, began = anonymous(), time.perf_counter()
-annotations = data.load_annotations({root!r}, masks=True)
-seconds = time.perf_counter() - began
-dataset = data.TrainSet(annotations, 640, (0.5, 2.0))
-dataset.image_of(0)
-print("RESULT", seconds, anonymous() - before)
-"""
+def anonymous(pids):
+    """MiB of anonymous memory of these processes together."""
+    lines = [line for pid in pids for line in open(f"/proc/{pid}/status") if line.startswith("RssAnon")]
+    return sum(int(line.split()[1]) for line in lines) / 1024
+
+
+def start_once(root):
+    """In a process of its own: seconds to open the annotations, and what they add to its memory."""
+    before, began = anonymous(["self"]), time.perf_counter()
+    annotations = data.load_annotations(root, masks=True)
+    print(f"{time.perf_counter() - began:.1f} s, {anonymous(['self']) - before:.0f} MiB of anonymous memory more")
+    return annotations
+
+
+def whole_pass(root, batch=32):
+    """In a process of its own: anonymous memory of it and 2 workers early in a pass over all images, and at its end."""
+    annotations = start_once(root)
+    steps = len(annotations.ids) // batch
+    dataset = data.TrainSet(annotations, 128, JITTER)
+    loader = data.make_loader(dataset, data.micro_batches(0, steps, batch, batch), 2)
+    for step, _ in enumerate(loader, 1):
+        if step in (steps // 20, steps):
+            pids = ["self", *(child.pid for child in multiprocessing.active_children())]
+            print(
+                f"after {step * batch} images: {anonymous(pids):.0f} MiB of anonymous memory in {len(pids)} processes"
+            )
 
 
 def start(scale):
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "coco"
-        path = write_json(root, scale)
-        print(
-            f"a json of {path.stat().st_size / 1e6:.0f} MB, {IMAGES * scale:.0f} images, {OBJECTS * scale:.0f} polygons"
-        )
-        data.PACKED_FROM = 0
-        for which in ("first start", "later start"):
-            script = START.format(project=str(Path(data.__file__).parent), root=str(root))
-            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-            *said, result = done.stdout.strip().splitlines()
-            _, seconds, anonymous = result.split()
-            print("\n".join(said))
-            print(f"{which}: {float(seconds):.1f} s, {float(anonymous):.0f} MiB of anonymous memory afterwards")
+        size = write_json(root, scale).stat().st_size / 1e6
+        print(f"a json of {size:.0f} MB, {IMAGES * scale:.0f} images, {OBJECTS * scale:.0f} polygons", flush=True)
+        for what, function in (("first start", start_once), ("later start", start_once), ("a pass", whole_pass)):
+            print(f"{what}:", flush=True)
+            process = multiprocessing.get_context("spawn").Process(target=function, args=(root,))
+            process.start()
+            process.join()
 
 
 def main():
@@ -168,7 +178,7 @@ def main():
     parser.add_argument("--data", type=Path, help="a folder in COCO's layout")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=50, help="per round (default 50)")
-    parser.add_argument("--start", action="store_true", help="measure the start-up instead")
+    parser.add_argument("--start", action="store_true", help="measure the start-up and memory instead")
     parser.add_argument("--scale", type=float, default=1.0, help="of the generated json (default 1)")
     args = parser.parse_args()
     if args.start:
