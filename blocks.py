@@ -3,11 +3,13 @@
 Dimensions: B images, C channels, H x W pixels of a feature map. Level L has stride 2^L.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import drop_block2d, stochastic_depth
 
 # Batch norm's epsilon, and 1 - the moving average's decay of 0.99 (authors' Mask R-CNN
@@ -55,6 +57,16 @@ class ConvBN(nn.Module):
     def forward(self, x):
         x = drop_block(self.bn(self.conv(x)), self.drop_rate, self.training)
         return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+
+class Stem(ConvBN):
+    """7x7 convolution and max-pool, both of stride 2: (B, 3, H, W) -> (B, out, H/4, W/4) (paper Figure 4)."""
+
+    def __init__(self, out_channels, activation):
+        super().__init__(3, out_channels, 7, 2, activation)
+
+    def forward(self, x):
+        return max_pool_same(super().forward(x), 3, 2)
 
 
 class ResidualBase(nn.Module):
@@ -155,6 +167,26 @@ def max_pool_same(x, kernel, stride):
     (B, C, H, W) -> (B, C, H / stride, W / stride). For kernel = stride + 1, which is all that is used here.
     """
     return F.max_pool2d(x, kernel, stride, ceil_mode=True)
+
+
+def recomputed(module, x):
+    """module(x), of which training keeps only x for backward, which computes the rest again (activation checkpointing).
+
+    The same to the bit: random draws are repeated, and batch norm's averages follow the first run alone.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    @contextlib.contextmanager
+    def second_run():
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+        for norm in norms:
+            norm.track_running_stats = True
+
+    if not module.training:
+        return module(x)
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), second_run()))
 
 
 def init_conv_(conv):

@@ -307,9 +307,24 @@ def micro_batches(first, last, batch, micro, rank=0, world=1):
             yield list(range(start, start + micro))
 
 
+class Loader(DataLoader):
+    """A DataLoader that says in a sentence that a worker process has died."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{reason}; most often memory ran out, the machine's or /dev/shm: use fewer --workers (and --resume)"
+            ) from None
+
+
 def make_loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader over an iterable of lists of sample numbers."""
-    return DataLoader(
+    return Loader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
     )
 

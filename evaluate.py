@@ -65,6 +65,11 @@ class Place(NamedTuple):
     def autocast(self):
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
+    def memory(self):
+        """GB of the device; 16 are assumed where it doesn't say."""
+        cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_properties(self.device).total_memory / 2**30 if cuda else 16
+
     def move(self, value):
         """A module or a batch of images to the device, channels last but in float32 on CUDA, where that is slower."""
         slower = self.device.type == "cuda" and self.amp is None

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import heads
 import loss
-from blocks import ACTIVATIONS, KINDS, ConvBN, Resample, block_group, init_conv_, max_pool_same
+from blocks import ACTIVATIONS, KINDS, ConvBN, Resample, Stem, block_group, init_conv_, recomputed
 
 # Mean and standard deviation of ImageNet's RGB, for images in 0..255.
 PIXEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -103,7 +103,8 @@ class SpineNet(nn.Module):
     """The backbone: images (B, 3, H, W), normalized -> features P3..P7, each (B, endpoint, H / 2^L, W / 2^L).
 
     `drop_path` is stochastic depth's rate at the last block, growing linearly from the first (protocol C);
-    `drop_rate` is DropBlock's (protocol A). Raises ValueError where H or W is not a multiple of 128.
+    `drop_rate` is DropBlock's (protocol A). The stem and the block groups up to level `recompute`, an attribute, keep
+    only their inputs for backward. Raises ValueError where H or W is not a multiple of 128.
     Source: paper section 3, Figure 4d; authors' spinenet.py.
     """
 
@@ -112,7 +113,7 @@ class SpineNet(nn.Module):
         options = dict(activation=activation, drop_rate=drop_rate)
         level, channels = {}, {}  # of every block's output, by block number
 
-        self.stem = ConvBN(3, STEM_CHANNELS, 7, 2, activation)
+        self.stem = Stem(STEM_CHANNELS, activation)
         self.groups, self.resamples, self.endpoints = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         stem_channels = STEM_CHANNELS
         for number in range(STEM_BLOCKS):
@@ -139,23 +140,28 @@ class SpineNet(nn.Module):
         for L in LEVELS:
             self.endpoints[str(L)] = ConvBN(channels[self.outputs[L]], arch.endpoint_channels, 1, 1, activation)
         self.activation = ACTIVATIONS[activation]
+        self.recompute = 0
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 init_conv_(module)
 
     def forward(self, x):
         check_size(*x.shape[-2:])
-        x = max_pool_same(self.stem(x), 3, 2)  # (B, 64, H/4, W/4)
+        x = self.run(STEM_LEVEL, self.stem, x)  # (B, 64, H/4, W/4)
         features = {}
         for number in range(STEM_BLOCKS):
-            x = features[number] = self.groups[str(number)](x)
+            x = features[number] = self.run(STEM_LEVEL, self.groups[str(number)], x)
         for block in self.spine:
             resamples = self.resamples[str(block.number)]
             parts = [resample(features[p]) for p, resample in zip(block.parents, resamples)]
             parts += [features[p] for p in block.as_is]  # all (B, C, H / 2^L, W / 2^L)
             fused = self.activation(sum(parts[1:], start=parts[0]))
-            features[block.number] = self.groups[str(block.number)](fused)
+            features[block.number] = self.run(block.level, self.groups[str(block.number)], fused)
         return [self.endpoints[str(L)](features[self.outputs[L]]) for L in LEVELS]
+
+    def run(self, level, module, x):
+        """module(x), at levels up to `recompute` kept only as its input."""
+        return recomputed(module, x) if level <= self.recompute else module(x)
 
 
 class Normalize(nn.Module):

@@ -95,25 +95,24 @@ DROPS = (30, 10)  # epochs before the end at which the learning rate is divided 
 # most a tenth of any run.
 SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
 
-# Images of one micro-batch on a device, at the size given; other sizes scale by area.
-MICRO_BATCH = {
-    "retinanet": {
-        "49S": (640, 32),
-        "49": (640, 16),
-        "96": (1024, 8),
-        "143": (1280, 2),
-        "190": (1280, 1),
-        "tiny": (640, 64),
-    },
-    "mask_rcnn": {
-        "49S": (640, 16),
-        "49": (640, 16),
-        "96": (1024, 4),
-        "143": (1280, 2),
-        "190": (1536, 1),
-        "tiny": (640, 32),
-    },
+RECOMPUTE = (0, 2, 7)  # --recompute: keep all activations; recompute the stem's level; recompute every block group
+# What a step needs under autocast, in GB: whatever the images (16 bytes per parameter), and for each image of this size
+# with --recompute 0, 2, 7. By account, not by measurement: tests/bench_step.py --memory. Other sizes scale by area.
+MEMORY = {  # (head, arch, activation): (size, fixed, (per image))
+    ("retinanet", "49S", "relu"): (640, 0.18, (0.415, 0.320, 0.284)),
+    ("retinanet", "49S", "swish"): (640, 0.18, (0.549, 0.403, 0.341)),
+    ("retinanet", "49", "relu"): (640, 0.45, (0.589, 0.460, 0.405)),
+    ("retinanet", "49", "swish"): (640, 0.45, (0.799, 0.598, 0.503)),
+    ("retinanet", "96", "relu"): (1024, 0.68, (2.018, 1.386, 1.037)),
+    ("retinanet", "96", "swish"): (1024, 0.68, (2.810, 1.843, 1.287)),
+    ("retinanet", "143", "relu"): (1280, 1.07, (4.129, 2.671, 1.799)),
+    ("retinanet", "143", "swish"): (1280, 1.07, (5.841, 3.623, 2.266)),
+    ("retinanet", "190", "relu"): (1280, 2.61, (6.870, 4.411, 2.859)),
+    ("retinanet", "190", "swish"): (1280, 2.61, (9.912, 6.176, 3.785)),
+    ("retinanet", "tiny", "relu"): (640, 0.03, (0.235, 0.179, 0.165)),
+    ("retinanet", "tiny", "swish"): (640, 0.03, (0.293, 0.209, 0.185)),
 }
+PLANNED = 14 / 16  # of a device's memory: the rest is for what the account leaves out
 SAVE_SECONDS = 15 * 60
 PRINT_EVERY = 50  # steps
 MAX_WAITING = 0.2  # share of the time that may be spent on waiting for data without a warning
@@ -227,6 +226,14 @@ def parse_args(argv=None):
     add(
         "--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: by compute capability; off on CPU"
     )
+    add(
+        "--recompute",
+        type=int,
+        default=0,
+        choices=RECOMPUTE,
+        metavar="LEVEL",
+        help="save memory: blocks up to this level are computed again in backward; 2 is cheap, 7 saves most",
+    )
     add("--compile", action="store_true", help="torch.compile the model")
     add("--resume", nargs="?", const="last.pt", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
     add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
@@ -268,14 +275,15 @@ def resolve(args):
     return recipe
 
 
-def split_batch(recipe, micro_batch, place):
+def split_batch(recipe, micro_batch, recompute, place):
     """Images per micro-batch of one rank; what doesn't divide is refused. Departure: batch norm sees devices x this."""
     share, rest = divmod(recipe["batch_size"], place.world)
     if rest:
         raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
     if micro_batch is None:
-        size, fits = MICRO_BATCH[recipe["head"]][recipe["arch"]]
-        fits = max(int(fits * (size / recipe["size"]) ** 2), 1)
+        size, fixed, each = MEMORY[recipe["head"], recipe["arch"], recipe["activation"]]
+        each = each[RECOMPUTE.index(recompute)] * (recipe["size"] / size) ** 2 * (1 if place.amp else 2)
+        fits = max(int((PLANNED * place.memory() - fixed) / each), 1)
         micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)
     if micro_batch <= 0 or share % micro_batch:
         raise UserError(f"--micro-batch {micro_batch} must divide {share}, which is --batch-size / devices")
@@ -572,7 +580,7 @@ def memory_in_words(recipe, place):
     except torch.OutOfMemoryError:
         micro, share = recipe["micro_batch"], recipe["batch_size"] // place.world
         smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
-        cure = f"try --micro-batch {smaller}" if smaller else "take a smaller --size or --arch, or a larger device"
+        cure = f"try --micro-batch {smaller}, or --recompute 7" if smaller else "try --recompute 7, or a smaller --size"
         peak = torch.cuda.max_memory_allocated() / 2**30
         raise UserError(
             f"--micro-batch {micro} of --size {recipe['size']} does not fit into the memory of {place.device}: "
@@ -631,7 +639,7 @@ def prepare(args):
             raise SystemExit(2) from None
         raise
     place = start(args.device, args.amp)
-    recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, place), "devices": place.world}
+    recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, args.recompute, place), "devices": place.world}
     with first_of_machine_first(place):  # which writes the generated set, and the packed form of a large json
         train, val = load_splits(args, recipe, place)
 
@@ -652,6 +660,7 @@ def prepare(args):
         if place.rank == 0:
             print(note)
     place.move(detector)
+    detector.backbone.recompute = args.recompute
     if place.world > 1 and place.device.type == "cuda":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     if args.compile:

@@ -8,7 +8,6 @@ python tests/bench_data.py --start --scale 0.1      the same, a tenth of it
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time

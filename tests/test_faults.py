@@ -1,0 +1,180 @@
+"""Faults in the middle of a run: kills, full disks, dead workers, overflows, errors on one rank. Nothing is lost."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import equal, rows
+
+import data
+import train
+from evaluate import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+SHORT = "--arch tiny --size 128 --protocol toy --device cpu --limit 8 --batch-size 4 --epochs 4 --workers 0".split()
+
+
+def die_in_save():
+    """SIGKILL between the writing of a checkpoint's draft and its renaming."""
+    train.os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_fills_after_a_save():
+    """From the second checkpoint on, no file may grow beyond 100 kB."""
+    save = train.save
+
+    def saving(path, checkpoint):
+        save(path, checkpoint)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    train.save = saving
+
+
+def worker_dies():
+    """The worker that loads sample 27, in the seventh step, is killed, as by the system when memory runs out."""
+    get = data.TrainSet.__getitem__
+
+    def getting(self, n):
+        if n == 27:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(self, n)
+
+    data.TrainSet.__getitem__ = getting
+
+
+def train_in_child(flags, said, prepare):
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of the data workers, as in a run from the command line
+    torch.set_num_threads(1)
+    if prepare:
+        prepare()
+    with data.one_sentence():
+        train.main(flags)
+
+
+@pytest.fixture(scope="module")
+def child():
+    """A function that starts a training in a new process, forked from one that has only imported: quick, and clean."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+
+    def starting(flags, said, prepare=None):
+        process = context.Process(target=train_in_child, args=([str(f) for f in flags], said, prepare))
+        process.start()
+        return process
+
+    return starting
+
+
+def to_its_end(process, code=0):
+    process.join(120)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive and process.exitcode == code
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(child, shapes, tmp_path):
+    """Oracle: the run that nobody killed. After each of 20 SIGKILLs, the first of them inside a save, last.pt is whole
+    or not there yet; the run that goes on from it ends with the same bits, and its log has every step once."""
+    said = tmp_path / "said.txt"
+    began = time.monotonic()
+    to_its_end(child([*SHORT, "--data", shapes, "--out", tmp_path / "straight"], said))
+    seconds = time.monotonic() - began
+    expected = load_checkpoint(tmp_path / "straight" / "last.pt")
+    rng, killed, resumed = np.random.default_rng(0), 0, 0
+    for k in range(20):
+        out = tmp_path / str(k)
+        flags = [*SHORT, "--data", shapes, "--out", out]
+        process = child(flags, said, None if k else die_in_save)
+        process.join(rng.uniform(0.3, 0.95) * seconds if k else 60)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if (out / "last.pt").exists():
+            if load_checkpoint(out / "last.pt")["evaluated"] == expected["evaluated"]:
+                assert equal(load_checkpoint(out / "last.pt"), expected)
+                continue
+            flags.append("--resume")
+            resumed += 1
+        to_its_end(child(flags, said))
+        assert equal(load_checkpoint(out / "last.pt"), expected)
+        steps = [row["step"] for row in rows(out) if "step" in row]
+        assert steps == list(range(1, 9)) and sum("eval_step" in row for row in rows(out)) == 1
+    assert killed >= 15 and resumed >= 5, (killed, resumed)
+
+
+def test_a_full_disk(child, shapes, tmp_path):
+    """Oracle: the checkpoint before. What can't be written is said in one sentence, with exit code 2; last.pt is whole,
+    from before, and no draft takes the room that is left."""
+    out, said = tmp_path / "out", tmp_path / "said.txt"
+    to_its_end(child([*SHORT, "--data", shapes, "--out", out], said, disk_fills_after_a_save), code=2)
+    assert load_checkpoint(out / "last.pt")["step"] == 2 and not (out / "last.tmp").exists()
+    text = said.read_text()
+    assert f"error: could not write {out / 'last.pt'}" in text and "the one before is intact" in text
+    assert "Traceback" not in text
+
+
+def test_a_dead_worker(child, shapes, tmp_path):
+    """Oracle: by hand. The sentence names what died and what to do; last.pt is from an epoch before."""
+    out, said = tmp_path / "out", tmp_path / "said.txt"
+    flags = [*SHORT, "--data", shapes, "--out", out, "--workers", "2"]
+    to_its_end(child(flags, said, worker_dies), code=2)
+    text = said.read_text()
+    assert "error: DataLoader worker" in text and "use fewer --workers" in text and "Traceback" not in text
+    assert load_checkpoint(out / "last.pt")["step"] in (2, 4, 6)
+
+
+def test_an_overflow_is_skipped_and_counted(shapes, tmp_path, capsys):
+    """Oracle: the weights before. With gradients that overflow as float16's, the steps change no weight, are counted and
+    logged, and halve the scale."""
+    flags = [*SHORT, "--epochs", "1", "--data", str(shapes), "--out", str(tmp_path / "out")]
+    run = train.prepare(train.parse_args([str(flag) for flag in flags]))
+    before = [p.detach().clone() for p in run.detector.parameters()]
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    for p in run.detector.parameters():
+        p.register_hook(lambda gradient: gradient.half().float())
+    assert train.fit(run)
+    assert run.state["skipped"] == 2 and run.scaler.get_scale() == 2.0**38
+    assert all(torch.equal(a, b) for a, b in zip(before, run.detector.parameters()))
+    logged = [row for row in rows(tmp_path / "out") if "step" in row]
+    assert [row["skipped"] for row in logged] == [1, 2] and all(row["grad_norm"] is None for row in logged)
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["skipped"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [data.TRAIN, data.VAL])
+def test_an_error_on_one_rank_ends_all(split, shapes, tmp_path):
+    """Oracle: the clock of torchrun. An image that can't be read on one rank, in training or in the evaluation, ends
+    the job within a minute, with that rank's sentence, and last.pt as it was."""
+    root = tmp_path / "set"
+    (root / split).mkdir(parents=True)
+    (root / "annotations").symlink_to(shapes / "annotations")
+    other = data.VAL if split == data.TRAIN else data.TRAIN
+    (root / other).symlink_to(shapes / other)
+    for path in (shapes / split).iterdir():
+        (root / split / path.name).symlink_to(path)
+    a = data.load_annotations(root, split)
+    number = data.permutation(0, 1, 8)[3] if split == data.TRAIN else 1  # rank 1's, in the second epoch; rank 1's
+    victim = Path(a.path(number))
+    victim.unlink()
+    victim.write_bytes(b"not an image")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command += [ROOT / "train.py", *SHORT, "--eval-every", "2", "--data", root, "--out", tmp_path / "out"]
+    began = time.monotonic()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, env=environment)
+    assert time.monotonic() - began < 90 and done.returncode != 0  # a minute, and the start
+    said = done.stdout + done.stderr
+    assert f"error: cannot decode {victim} (image id {a.ids[number]})" in said
+    assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == (2 if split == data.TRAIN else 4)
