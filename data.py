@@ -67,13 +67,21 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def one_sentence():
-    """Every script's main runs inside: a UserError ends it with its sentence and exit code 2."""
+    """Every script's main runs inside: a UserError, or a dead data worker, ends it with a sentence and exit code 2."""
     try:
         yield
     except UserError as error:
         # A DataLoader worker puts its traceback before the sentence, which follows the exception's name.
-        print("error: " + str(error).rpartition("UserError: ")[2].strip(), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        sentence = str(error).rpartition("UserError: ")[2].strip()
+    except RuntimeError as error:  # a dead worker's is raised by a signal, wherever the main process then is
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].strip()
+        sentence = f"{reason} Most often memory ran out, the machine's or /dev/shm: use fewer --workers, and --resume"
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 class Annotations(NamedTuple):
@@ -307,24 +315,9 @@ def micro_batches(first, last, batch, micro, rank=0, world=1):
             yield list(range(start, start + micro))
 
 
-class Loader(DataLoader):
-    """A DataLoader that says in a sentence that a worker process has died."""
-
-    def __iter__(self):
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{reason}; most often memory ran out, the machine's or /dev/shm: use fewer --workers (and --resume)"
-            ) from None
-
-
 def make_loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader over an iterable of lists of sample numbers."""
-    return Loader(
+    return DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
     )
 

@@ -152,12 +152,13 @@ def load_checkpoint(path):
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a checkpoint of tensors and plain values, so it was not loaded") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} can't be read as a checkpoint ({reason}); it may be truncated") from None
     lacking = CHECKPOINT_KEYS - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT_KEYS
     if lacking:
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(lacking))}")
-    if checkpoint["recipe"].get("arch") not in ARCHS or checkpoint["recipe"].get("head") not in HEADS:
+    recipe = checkpoint["recipe"] if isinstance(checkpoint["recipe"], dict) else {}
+    if recipe.get("arch") not in ARCHS or recipe.get("head") not in HEADS:
         raise UserError(f"{path} has an arch or a head that model.py doesn't know; add its row there")
     return checkpoint
 

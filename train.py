@@ -111,6 +111,18 @@ MEMORY = {  # (head, arch, activation): (size, fixed, (per image))
     ("retinanet", "190", "swish"): (1280, 2.61, (9.912, 6.176, 3.785)),
     ("retinanet", "tiny", "relu"): (640, 0.03, (0.235, 0.179, 0.165)),
     ("retinanet", "tiny", "swish"): (640, 0.03, (0.293, 0.209, 0.185)),
+    ("mask_rcnn", "49S", "relu"): (640, 0.22, (0.585, 0.490, 0.454)),
+    ("mask_rcnn", "49S", "swish"): (640, 0.22, (0.782, 0.635, 0.574)),
+    ("mask_rcnn", "49", "relu"): (640, 0.65, (0.901, 0.772, 0.717)),
+    ("mask_rcnn", "49", "swish"): (640, 0.65, (1.236, 1.035, 0.940)),
+    ("mask_rcnn", "96", "relu"): (1024, 0.88, (2.112, 1.480, 1.130)),
+    ("mask_rcnn", "96", "swish"): (1024, 0.88, (2.981, 2.014, 1.458)),
+    ("mask_rcnn", "143", "relu"): (1280, 1.27, (4.022, 2.564, 1.692)),
+    ("mask_rcnn", "143", "swish"): (1280, 1.27, (5.767, 3.548, 2.192)),
+    ("mask_rcnn", "190", "relu"): (1536, 2.82, (9.473, 5.932, 3.696)),
+    ("mask_rcnn", "tiny", "relu"): (640, 0.03, (0.291, 0.234, 0.221)),
+    ("mask_rcnn", "tiny", "swish"): (640, 0.03, (0.358, 0.274, 0.250)),
+    ("mask_rcnn", "190", "swish"): (1536, 2.82, (13.761, 8.382, 4.937)),
 }
 PLANNED = 14 / 16  # of a device's memory: the rest is for what the account leaves out
 SAVE_SECONDS = 15 * 60

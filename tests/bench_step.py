@@ -175,14 +175,7 @@ def ours(head, arch, size, images, place, recompute):
 def torchvisions(head, size, images, place):
     """The same of torchvision's ResNet-50 FPN v2 detector of that kind."""
     make = {"retinanet": detection.retinanet_resnet50_fpn_v2, "mask_rcnn": detection.maskrcnn_resnet50_fpn_v2}[head]
-    detector = make(
-        weights=None,
-        weights_backbone=None,
-        num_classes=CLASSES,
-        min_size=size,
-        max_size=size,
-        trainable_backbone_layers=5,
-    )
+    detector = make(weights=None, weights_backbone=None, num_classes=CLASSES, min_size=size, max_size=size)
     detector = detector.to(place.device).train()
     batch = list(torch.rand(images, 3, size, size, device=place.device))
     targets = objects_of(images, size, place.device, False)
@@ -239,7 +232,10 @@ def run(rows, args, place):
     torch.manual_seed(0)
     cuda = place.device.type == "cuda"
     kind = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{kind}, torch {torch.__version__}, {place.amp or torch.float32}; milliseconds of the parts, GB, TFLOP/s")
+    print(
+        f"{kind}, torch {torch.__version__}, {place.amp or torch.float32}; milliseconds of the parts "
+        "(torchvision's losses are in its forward), GB, TFLOP/s"
+    )
     print(
         f"{'':>34} {'B':>4} {'images/s':>9} {'forward':>8} {'loss':>8} {'backward':>8} {'update':>8} {'memory':>6} "
         "TFLOP/s"

@@ -25,7 +25,7 @@ import heads
 import train
 from data import TrainSet, UserError, load_annotations, make_loader, micro_batches
 from evaluate import Place, check_capability, finish, load_checkpoint
-from model import HEADS, build_model
+from model import ARCHS, HEADS, build_model
 from train import PROTOCOLS, lr_at, main, make_optimizer, parse_args, read_step, resolve, save, split_batch, train_step
 
 ROOT = Path(train.__file__).parent
@@ -135,6 +135,7 @@ def test_batch_is_split_the_same_everywhere():
         (["--weights", "gone.pt"], "no checkpoint at gone.pt"),
         (["--amp", "fp16"], "--amp fp16 needs a CUDA device"),
         (["--limit", "0"], "--limit is 0"),
+        (["--out", __file__ + "/out"], "--out .*test_train.py/out can't be made"),
     ],
 )
 def test_bad_arguments(flags, message, shapes, tmp_path):
@@ -142,6 +143,15 @@ def test_bad_arguments(flags, message, shapes, tmp_path):
     with pytest.raises(UserError, match=message):
         main([*TINY, "--data", str(shapes), "--out", str(tmp_path / "out"), *flags])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag, values", [("--arch", ARCHS), ("--protocol", PROTOCOLS), ("--head", HEADS)])
+def test_unknown_names(flag, values, capsys):
+    """Oracle: the tables. What is not in a table is refused with exit code 2, and the names that are in it."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args([flag, "52"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and flag in said and all(name in said for name in values)
 
 
 def test_cuda_asked_for_and_absent(monkeypatch, shapes, tmp_path):
