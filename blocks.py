@@ -178,11 +178,15 @@ def recomputed(module, x):
 
     @contextlib.contextmanager
     def second_run():
+        before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
         for norm in norms:
-            norm.track_running_stats = False
-        yield
-        for norm in norms:
-            norm.track_running_stats = True
+            norm.momentum = 0.0
+        try:
+            yield  # left by an exception as soon as backward has what it needs
+        finally:
+            for norm, momentum, count in before:
+                norm.momentum = momentum
+                norm.num_batches_tracked.copy_(count)
 
     if not module.training:
         return module(x)

@@ -2,7 +2,8 @@
 
 Dimensions: B images, C channels, H x W pixels, A anchors, K classes. Level L has stride 2^L.
 
-    python model.py             parameters and multiply-adds of every row, beside the paper's
+    python model.py                             parameters and multiply-adds of every row, beside the paper's
+    python model.py --arch 49 --draw FILE.svg   a picture of the network, like the paper's Figure 4
 """
 
 import argparse
@@ -358,9 +359,61 @@ def count(arch, size, head="retinanet"):
     return parameters, counter.get_total_flops() // 2
 
 
+KIND_COLOURS = {"bottleneck": "#f4a261", "residual": "#8ecae6"}
+
+
+def draw(arch):
+    """The scale-permuted network as SVG text, after the paper's Figure 4d: blocks in order from the left, levels up,
+    kinds by colour, a line from every parent (dashed where it joins unresampled), outputs with a thick frame."""
+    stem = [Block(number, STEM_LEVEL, "bottleneck", (number - 1,) if number else ()) for number in range(STEM_BLOCKS)]
+    blocks = {block.number: block for block in (*stem, *arch.spine)}
+    top, side, step = max(LEVELS), 36, 62
+    place = {number: (70 + 58 * k, 40 + step * (top - block.level)) for k, (number, block) in enumerate(blocks.items())}
+    width, bottom = max(x for x, _ in place.values()) + 60, 40 + step * (top - STEM_LEVEL)
+    parts = [f'<rect width="{width}" height="{bottom + 90}" fill="white"/>']
+    for level in range(STEM_LEVEL, top + 1):
+        y = 40 + step * (top - level)
+        parts.append(f'<line x1="44" y1="{y}" x2="{width - 20}" y2="{y}" stroke="#eeeeee"/>')
+        parts.append(f'<text x="22" y="{y + 5}">L{level}</text>')
+    for number, block in blocks.items():
+        (x1, y1), half = place[number], side // 2
+        for parent in block.parents + block.as_is:
+            x0, y0 = place[parent]
+            dashes = ' stroke-dasharray="4 3"' if parent in block.as_is else ""
+            bend = (x1 - x0) / 2
+            lift = 34 if y0 == y1 and number - parent > 1 else 0  # around the blocks between them
+            curve = f"M{x0 + half} {y0} C{x0 + bend:g} {y0 - lift} {x1 - bend:g} {y1 - lift} {x1 - half} {y1}"
+            parts.append(f'<path d="{curve}" fill="none" stroke="#666666"{dashes}/>')
+    for number, block in blocks.items():
+        x, y = place[number]
+        frame = 'stroke="#c1121f" stroke-width="3"' if block.output else 'stroke="#444444"'
+        box = f'x="{x - side // 2}" y="{y - side // 2}" width="{side}" height="{side}" rx="4"'
+        parts.append(f'<rect {box} fill="{KIND_COLOURS[block.kind]}" {frame}/>')
+        parts.append(f'<text x="{x}" y="{y + 5}">{number}</text>')
+        if block.output:
+            parts.append(f'<text x="{x}" y="{y - side // 2 - 6}" fill="#c1121f">P{block.level}</text>')
+    legend = [*KIND_COLOURS.items(), ("output P3 to P7", "white")]
+    for k, (name, colour) in enumerate(legend):
+        frame = "#444444" if colour != "white" else "#c1121f"
+        x, y = 60 + 190 * k, bottom + 50
+        parts.append(f'<rect x="{x}" y="{y}" width="18" height="18" rx="3" fill="{colour}" stroke="{frame}"/>')
+        repeats = f" x {arch.repeats}" if colour != "white" else ""
+        parts.append(f'<text x="{x + 26}" y="{y + 14}" text-anchor="start">{name}{repeats}</text>')
+    size = f'width="{width}" height="{bottom + 90}"'
+    style = 'font-family="sans-serif" font-size="14" text-anchor="middle"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print every arch's parameters and multiply-adds beside the paper's.")
-    parser.parse_args(argv)
+    parser.add_argument("--draw", metavar="FILE", help="write a picture (SVG) of one arch's network instead")
+    parser.add_argument("--arch", default="49", choices=ARCHS, help="of --draw (default 49)")
+    args = parser.parse_args(argv)
+    if args.draw:
+        with open(args.draw, "w") as file:
+            file.write(draw(ARCHS[args.arch]))
+        print(f"wrote {args.draw}")
+        return
     for head, published in PUBLISHED.items():
         classes = PUBLISHED_CLASSES[head]
         print(f"{HEADS[head].__name__} with {classes} classes, one image, beside the published figures")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -328,3 +329,18 @@ def test_table_of_the_command_line(capsys):
     for _, arch, size, parameters, _ in COUNTS:
         assert any(line.split()[:3] == [arch, str(size), f"{parameters:,}"] for line in out.splitlines())
     assert "tiny" in out
+
+
+def test_picture_of_the_network(tmp_path, capsys):
+    """Oracle: the table. The SVG is well-formed XML with a box per block, a line per parent and a mark per output."""
+    for name, arch in (("49", ARCHS["49"]), ("143", ARCHS["143"])):
+        model.main(["--draw", str(tmp_path / "a.svg"), "--arch", name])
+        assert "wrote" in capsys.readouterr().out
+        root = ElementTree.parse(tmp_path / "a.svg").getroot()
+        texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
+        lines = [e for e in root.iter("{http://www.w3.org/2000/svg}path")]
+        assert [t for t in texts if t.isdigit()] == [str(k) for k in range(17)]
+        assert [t for t in texts if t.startswith("P")] == ["P4", "P3", "P5", "P7", "P6"]
+        assert len(lines) == 1 + sum(len(b.parents) + len(b.as_is) for b in arch.spine)
+        assert sum("stroke-dasharray" in e.attrib for e in lines) == 1
+        assert f"bottleneck x {arch.repeats}" in texts
