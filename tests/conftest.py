@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_assignment import ASSIGNMENTS
 
 import data
 import train
 
 torch.set_num_threads(2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests of each assignment: a1 to a7."""
+    for item in items:
+        for name, assignment in ASSIGNMENTS.items():
+            if item.originalname in assignment.tests:
+                item.add_marker(getattr(pytest.mark, name))
 
 
 @pytest.fixture(scope="session")

@@ -325,6 +325,29 @@ def test_a_sample(coco_sample):
     assert not torch.equal(dataset[later]["image"], dataset[0]["image"])
 
 
+def test_a_sample_of_shapes(shapes):
+    """Oracle: the annotations. Without jitter or flip a sample's boxes are the objects, scaled, crowds left out;
+    with them it is the same at every call, and another in the next epoch."""
+    a = load_annotations(shapes)
+    plain = TrainSet(a, 256, (1, 1), flip=False)
+    for n in range(20):
+        sample, i = plain[n], plain.image_of(n)[1]
+        boxes, labels = a.objects(i)
+        scale = 256 / max(a.heights[i], a.widths[i])
+        real = sample["labels"] >= 0
+        assert real.tolist() == [True] * len(labels) + [False] * (100 - len(labels))
+        assert sample["labels"][real].tolist() == labels.tolist() and not a.crowd[a.rows(i)].any()
+        assert np.abs(sample["boxes"][real].numpy() - boxes * scale).max() < 1
+        assert sample["image"].shape == (3, 256, 256) and sample["image"].dtype == torch.uint8
+        assert sample["region"].max() == 256 and sample["boxes"].dtype == torch.float32
+    dataset = TrainSet(a, 256, (0.5, 2.0), seed=1)
+    for n in range(5):
+        first, again = dataset[n], dataset[n]
+        assert all(torch.equal(torch.as_tensor(first[k]), torch.as_tensor(again[k])) for k in first)
+        later = next(m for m in range(60, 120) if dataset.image_of(m) == (1, dataset.image_of(n)[1]))
+        assert not torch.equal(dataset[later]["image"], first["image"])
+
+
 def test_padding_normalizes_to_zero():
     """Oracle: by hand. The padding's colour is the mean, rounded, so it is 0 within half a grey level."""
     image = PAD.view(1, 3, 1, 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, box_iou, sigmoid_focal_loss
 
-from heads import decode_boxes, detect, encode_boxes, make_anchors
+from heads import clip_boxes, decode_boxes, detect, encode_boxes, make_anchors
 from loss import focal_loss, match_anchors, retinanet_loss
 from model import build_model
 
@@ -83,6 +83,13 @@ def test_encode_and_decode_are_inverse():
     assert torch.allclose(encode_boxes(decode_boxes(codes, anchors), anchors), codes, atol=1e-3)
     wide = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, 1.0]]), torch.tensor([[0.0, 0.0, 8.0, 8.0]]))
     assert (wide[0, 2] - wide[0, 0]).item() == pytest.approx(8 * 1000 / 16)
+
+
+def test_clipping():
+    """Oracle: by hand. Each image's boxes are clipped to its own (height, width)."""
+    boxes = torch.tensor([[[-5.0, -6, 30, 40], [10, 10, 20, 20]]]).repeat(2, 1, 1)
+    clipped = clip_boxes(boxes, torch.tensor([[32.0, 24], [15, 18]]))
+    assert clipped.tolist() == [[[0, 0, 24, 32], [10, 10, 20, 20]], [[0, 0, 18, 15], [10, 10, 18, 15]]]
 
 
 def test_encode_by_hand():

@@ -13,7 +13,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import model
-from blocks import BN_EPSILON, BN_MOMENTUM, Resample, drop_block, init_conv_, max_pool_same
+from blocks import (
+    BN_EPSILON,
+    BN_MOMENTUM,
+    Bottleneck,
+    ConvBN,
+    Resample,
+    Residual,
+    drop_block,
+    init_conv_,
+    max_pool_same,
+)
 from heads import BoxHead, MaskHead, RetinaNetHead, RPNHead
 from model import ARCHS, SPINE, Arch, SpineNet, build_model
 
@@ -186,6 +196,21 @@ def load_official(golden, order, skip=()):
     assert next(values, None) is None, "official variables were left over"
 
 
+def test_features_equal_the_official_code():
+    """Oracle: the authors' code run on TensorFlow with random weights: features P3..P7 to 1e-4."""
+    golden = np.load(GOLDEN)
+    backbone = SpineNet(Arch(0.0625, 0.5, 1, 8, 8, 2, 3)).eval()
+    x = torch.from_numpy(golden["x"]).permute(0, 3, 1, 2)
+    order = run_order(backbone)
+    with torch.no_grad():
+        backbone(x)
+        load_official(golden, order, skip=("retinanet", "rpn_head", "fast_rcnn_head", "mask_head"))
+        features = backbone(x)
+    for L, feature in zip(model.LEVELS, features):
+        official = torch.from_numpy(golden[f"out_f_{L}"]).permute(0, 3, 1, 2)
+        assert official.std() > 0.01 and (feature - official).abs().max() <= 1e-4
+
+
 def test_features_and_head_equal_the_official_code():
     """Oracle: the authors' code run on TensorFlow with random weights: features and RetinaNet outputs to 1e-4."""
     golden = np.load(GOLDEN)
@@ -311,6 +336,65 @@ def test_any_arch_value_builds():
     features = SpineNet(arch)(torch.randn(1, 3, 256, 128).repeat(2, 1, 1, 1))
     assert [tuple(f.shape) for f in features] == [(2, 24, 256 // 2**L, 128 // 2**L) for L in range(3, 8)]
     assert build_model(arch, "retinanet", 5).head.class_predict.out_channels == 45
+
+
+@pytest.mark.parametrize("activation", ["relu", "swish", None])
+def test_conv_bn_by_hand(activation):
+    """Oracle: torch's functions, one after the other, in training and in a test; half of the size, rounded up."""
+    layer = ConvBN(4, 6, 3, stride=2, activation=activation)
+    nn.init.normal_(layer.bn.weight)
+    nn.init.normal_(layer.bn.bias)
+    x = torch.randn(2, 4, 7, 8)
+    act = {"relu": F.relu, "swish": F.silu, None: lambda x: x}[activation]
+    for training in (True, False):
+        layer.train(training)
+        mean, var = layer.bn.running_mean.clone(), layer.bn.running_var.clone()
+        y = F.conv2d(x, layer.conv.weight, stride=2, padding=1)
+        expected = act(F.batch_norm(y, mean, var, layer.bn.weight, layer.bn.bias, training, 0.01, 1e-3))
+        assert torch.allclose(layer(x), expected, atol=1e-6) and expected.shape == (2, 6, 4, 4)
+    always = ConvBN(4, 6, 1, activation="relu", drop_rate=0.3).train()
+    torch.manual_seed(0)
+    zeros = (always(torch.randn(2, 4, 32, 32)) == 0).float().mean()
+    assert zeros > 0.55  # the activation's half, and squares
+
+
+def test_a_block_by_hand():
+    """Oracle: act(shortcut + branch) written out, with and without a projection; stochastic depth drops the branch."""
+    x = torch.randn(2, 8, 5, 6)
+    for block in (Residual(8, 8).eval(), Bottleneck(8, 2).eval()):
+        assert block.project is None and torch.equal(block(x), F.relu(x + block.branch(x)))
+    block = Bottleneck(8, 4, "swish").eval()
+    assert torch.equal(block(x), F.silu(block.project(x) + block.branch(x)))
+    block = Bottleneck(8, 2, drop_path=1 - 1e-9).train()
+    assert torch.equal(block(x), F.relu(x))
+
+
+@pytest.mark.parametrize("parent, level", [(2, 3), (3, 5), (2, 6), (4, 4), (6, 3)])
+def test_resample_by_hand(parent, level):
+    """Oracle: the paper's Figure 5 written out: squeeze; halve by a convolution and pool, or repeat; expand."""
+    resample = Resample(16, 8, parent, 12, level, 0.5).eval()
+    x = torch.randn(1, 16, 2 ** (8 - parent), 2 ** (8 - parent))
+    y = resample.squeeze(x)
+    if level > parent:
+        y = resample.down(y)
+        if level > parent + 1:
+            stride = 2 ** (level - parent - 1)
+            y = F.max_pool2d(F.pad(y, (0, 1, 0, 1), value=-torch.inf), stride + 1, stride)
+    else:
+        y = y.repeat_interleave(2 ** (parent - level), 2).repeat_interleave(2 ** (parent - level), 3)
+    assert torch.equal(resample(x), resample.expand(y)) and resample.expand.activation is None
+
+
+def test_initializer():
+    """Oracle: statistics. Zero mean, standard deviation sqrt(1 / fan_in), nothing beyond 2 / 0.87962566 of it."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64, 256, 3)
+    with torch.no_grad():
+        conv.weight.zero_()
+    init_conv_(conv)
+    std = (1 / (64 * 9)) ** 0.5
+    assert conv.weight.std().item() == pytest.approx(std, rel=0.01) and abs(conv.weight.mean().item()) < std / 50
+    assert 1.9 < conv.weight.abs().max().item() / std * 0.87962566 <= 2.0001
 
 
 @pytest.mark.parametrize("parent, level", [(2, 3), (2, 4), (2, 5), (2, 6), (4, 4), (6, 3)])
