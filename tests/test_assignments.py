@@ -34,7 +34,7 @@ def test_every_name_exists():
     ]
     assert len(set(FUNCTIONS)) == len(FUNCTIONS)
     for name, assignment in ASSIGNMENTS.items():
-        assert all(test in tests for test in assignment.tests), name
+        assert all(test.split("[")[0] in tests for test in assignment.tests), name
         for function in assignment.functions:
             module, qualified = function.split(".", 1)
             source = (ROOT / f"{module}.py").read_text()
@@ -120,4 +120,4 @@ def test_earlier_assignments_still_pass(graded, tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         for name, code, said in pool.map(one, range(1, len(names))):
-            assert code == 0 and " passed" in said, (name, code, said[-3000:])
+            assert code == 0 and "[100%]" in said, (name, code, said[-3000:])
