@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -247,6 +248,7 @@ def parse_args(argv=None):
         help="save memory: blocks up to this level are computed again in backward; 2 is cheap, 7 saves most",
     )
     add("--compile", action="store_true", help="torch.compile the model")
+    add("--tensorboard", action="store_true", help="write curves and pictures for tensorboard into --out, too")
     add("--resume", nargs="?", const="last.pt", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
     add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
     add(
@@ -345,6 +347,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     state: dict  # step, evaluated (the step of the last evaluation), best (AP), skipped (fp16 overflows)
+    tensorboard: bool = False
 
     @property
     def steps_per_epoch(self):
@@ -418,8 +421,8 @@ class Log:
     A resumed run first drops the lines that it is going to write again.
     """
 
-    def __init__(self, path, place, state):
-        self.file = None
+    def __init__(self, path, place, state, tensorboard=False):
+        self.file = self.board = None
         if place.rank > 0:
             return
         kept = []
@@ -432,10 +435,32 @@ class Log:
         draft.write_text("".join(kept))
         os.replace(draft, path)
         self.file = open(path, "a", buffering=1)
+        if tensorboard:
+            self.board = tensorboard_writer()(path.parent, purge_step=state["step"] + 1)
 
     def write(self, row):
         if self.file:
             self.file.write(json.dumps(row) + "\n")
+        if self.board:
+            kind, step = ("train", row["step"]) if "step" in row else ("eval", row["eval_step"])
+            for name in row.keys() - {"step", "eval_step"}:
+                if isinstance(row[name], (int, float)):
+                    self.board.add_scalar(f"{kind}/{name}", row[name], step)
+
+    def show(self, path, step):
+        """A picture from a file, for tensorboard."""
+        if self.board:
+            self.board.add_image("detections", np.asarray(Image.open(path)), step, dataformats="HWC")
+            self.board.flush()
+
+
+def tensorboard_writer():
+    """torch's SummaryWriter, which needs a package that nothing else here does; else a UserError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package more: pip install tensorboard, or leave the flag out") from None
+    return SummaryWriter
 
 
 class Stop:
@@ -532,6 +557,7 @@ def evaluate_now(run, log):
     log.write({"eval_step": step, "epoch": step / run.steps_per_epoch} | metrics)
     if run.place.rank == 0:
         write_grid(run.detector, run.val, size, run.place, run.out / "grid.png")
+        log.show(run.out / "grid.png", step)
     run.state["evaluated"] = step
     if metrics["AP"] > run.state["best"]:
         run.state["best"] = metrics["AP"]
@@ -550,7 +576,8 @@ def fit(run):
     dataset = TrainSet(run.train, recipe["size"], recipe["jitter"], recipe["flip"], seed)
     samples = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
     batches = Timed(make_loader(dataset, samples, run.workers, place.device.type == "cuda"))
-    log, stop, saved = Log(run.out / "log.jsonl", place, state), Stop(), time.monotonic()
+    log = Log(run.out / "log.jsonl", place, state, run.tensorboard)
+    stop, saved = Stop(), time.monotonic()
     report = Report(run, total)
     run.model.train()
     while True:
@@ -632,6 +659,8 @@ def check_quickly(args):
     """What can be refused before anything slow: (recipe, out, path to resume from, its checkpoint)."""
     recipe = resolve(args)
     out = args.out or Path("runs") / f"{args.arch}_{args.size}_{args.protocol}_{args.head}"
+    if args.tensorboard:
+        tensorboard_writer()
     if args.resume and args.weights:
         raise UserError("--resume goes on with its own weights: leave out --weights")
     resume = args.resume and (out / "last.pt" if args.resume == "last.pt" else Path(args.resume))
@@ -688,7 +717,8 @@ def prepare(args):
     workers = args.workers
     if workers is None:
         workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
-    return Run(recipe, place, make_folder(out), workers, train, val, detector, model, optimizer, scaler, state)
+    parts = (train, val, detector, model, optimizer, scaler, state, args.tensorboard)
+    return Run(recipe, place, make_folder(out), workers, *parts)
 
 
 def main(argv=None):

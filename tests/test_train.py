@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -395,6 +396,43 @@ def test_resume_past_the_end_is_refused(run, shapes):
     """Oracle: by hand. A checkpoint of 4 steps can't go on in a run of 1."""
     with pytest.raises(UserError, match="4 steps behind it, and this recipe only 1"):
         main([*TINY, "--data", str(shapes), "--out", str(run), "--resume", "--epochs", "1", "--batch-size", "60"])
+
+
+class Board:
+    """Stands in for tensorboard's SummaryWriter."""
+
+    def __init__(self, folder, purge_step):
+        self.scalars, self.pictures = {}, []
+        Board.last = self, folder, purge_step
+
+    def add_scalar(self, name, value, step):
+        self.scalars[name, step] = value
+
+    def add_image(self, name, picture, step, dataformats):
+        self.pictures.append((name, picture.shape, step, dataformats))
+
+    def flush(self):
+        pass
+
+
+def test_tensorboard(shapes, tmp_path, monkeypatch):
+    """Oracle: log.jsonl, whose numbers the curves are; the picture is grid.png. Without the package, a sentence."""
+    flags = [*TINY, "--data", str(shapes), "--limit", "4", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
+    flags += ["--out", str(tmp_path / "out"), "--tensorboard"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        main(flags)
+    assert not (tmp_path / "out").exists()
+    stub = ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = Board
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    main(flags)
+    board, folder, purge = Board.last
+    assert folder == tmp_path / "out" and purge == 1
+    logged = rows(tmp_path / "out")
+    assert [board.scalars["train/loss", row["step"]] for row in logged[:2]] == [row["loss"] for row in logged[:2]]
+    assert board.scalars["eval/AP", 2] == logged[2]["AP"]
+    assert board.pictures == [("detections", np.asarray(Image.open(tmp_path / "out" / "grid.png")).shape, 2, "HWC")]
 
 
 def test_late_data_is_warned_of(capsys):
