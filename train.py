@@ -295,7 +295,9 @@ def split_batch(recipe, micro_batch, recompute, place):
     if rest:
         raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
     if micro_batch is None:
-        size, fixed, each = MEMORY[recipe["head"], recipe["arch"], recipe["activation"]]
+        # DropBlock's masks are about as much as swish's inputs.
+        activation = "swish" if recipe["drop_rate"] else recipe["activation"]
+        size, fixed, each = MEMORY[recipe["head"], recipe["arch"], activation]
         each = each[RECOMPUTE.index(recompute)] * (recipe["size"] / size) ** 2 * (1 if place.amp else 2)
         fits = max(int((PLANNED * place.memory() - fixed) / each), 1)
         micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)

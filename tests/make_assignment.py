@@ -182,15 +182,26 @@ def find(source, qualified):
     return node
 
 
-def blank(source, qualified, message):
-    """The source with that function's body, but for its docstring, replaced by a NotImplementedError."""
+def extent(source, qualified):
+    """(first line, last line, indent) of a function's body without its docstring; lines from 0, the last out."""
     node = find(source, qualified)
-    lines = source.splitlines(keepends=True)
     body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-    indent = " " * node.body[0].col_offset
     if not body:
         raise ValueError(f"{qualified} has no body but its docstring")
-    lines[body[0].lineno - 1 : node.end_lineno] = [f'{indent}raise NotImplementedError("{message}")\n']
+    return body[0].lineno - 1, node.end_lineno, " " * body[0].col_offset
+
+
+def body_of(source, qualified):
+    """The lines of that body."""
+    first, last, _ = extent(source, qualified)
+    return source.splitlines()[first:last]
+
+
+def blank(source, qualified, message):
+    """The source with that body replaced by a NotImplementedError."""
+    first, last, indent = extent(source, qualified)
+    lines = source.splitlines(keepends=True)
+    lines[first:last] = [f'{indent}raise NotImplementedError("{message}")\n']
     return "".join(lines)
 
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import batched_nms, box_iou, sigmoid_focal_loss
 
+import heads
+import loss
 from heads import clip_boxes, decode_boxes, detect, encode_boxes, make_anchors
 from loss import focal_loss, match_anchors, retinanet_loss
 from model import build_model
@@ -247,6 +249,68 @@ class Forbid(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             assert not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]), f"{name} by bool"
         return function(*args, **(kwargs or {}))
+
+
+def shapes_of(value):
+    """The shapes of a nested structure of tensors."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {key: shapes_of(v) for key, v in value.items()}
+    return [shapes_of(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_the_shapes_that_comments_name(monkeypatch):
+    """Oracle: the shape comments and docstrings, at the boundaries between files. B = 2, K = 7, S = 256."""
+    seen = {}
+
+    def spy(module, name):
+        function = getattr(module, name)
+
+        def wrapper(*args):
+            result = function(*args)
+            seen[name] = shapes_of(args), shapes_of(result)
+            return result
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    for name in ("make_anchors", "propose", "pack_pyramid", "roi_features", "detect"):
+        spy(heads, name)
+    for name in ("retinanet_loss", "rpn_loss", "sample_rois", "box_head_loss", "mask_targets", "mask_loss"):
+        spy(loss, name)
+    images = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
+    targets = dict(boxes=torch.zeros(2, 100, 4), labels=torch.full((2, 100), -1), noise=torch.arange(2))
+    targets["boxes"][:, 0], targets["labels"][:, 0] = torch.tensor([10.0, 10, 190, 170]), 3
+    targets["masks"] = torch.ones(2, 100, 112, 112, dtype=torch.uint8)
+    cells = [(256 // 2**L) ** 2 for L in range(3, 8)]
+    A = 9 * sum(cells)
+
+    detector = build_model("tiny", "retinanet", 7).train()
+    losses = detector(images, targets)
+    assert seen["make_anchors"][1] == (A, 4)
+    assert seen["retinanet_loss"][0][:3] == [(2, A, 7), (2, A, 4), (A, 4)]
+    assert all(value.shape == () and value.dtype == torch.float32 for value in losses.values())
+    found = detector.eval()(images)
+    assert seen["detect"][0] == [(A, 7), (A, 1, 4), (2,)]
+    assert all(
+        shapes_of(one) == {"boxes": (n, 4), "scores": (n,), "labels": (n,)}
+        for one in found
+        for n in [len(one["boxes"])]
+    )
+
+    detector = build_model("tiny", "mask_rcnn", 7, rois=32, mask_rois=8).train()
+    losses = detector(images, targets)
+    levels = [(2, 3 * n) for n in cells], [(2, 3 * n, 4) for n in cells], [(3 * n, 4) for n in cells]
+    assert seen["propose"][0][:4] == [*levels, (2, 2)] and seen["rpn_loss"][0][:3] == list(levels)
+    assert all(len(shape) == 2 and shape[0] <= 1000 and shape[1] == 4 for shape in seen["propose"][1])
+    assert seen["pack_pyramid"][1][0] == (2, 64, sum(256 // 2**L + 1 for L in range(3, 8)), 33)
+    assert seen["sample_rois"][1] == [(2, 32, 4), (2, 32), (2, 32)]
+    assert seen["box_head_loss"][0][:2] == [(64, 8), (64, 8, 4)]
+    assert seen["roi_features"][1] == (16, 64, 14, 14) and seen["mask_loss"][0][0] == (16, 8, 28, 28)
+    assert seen["mask_targets"][1] == (2, 8, 28, 28)
+    assert all(value.shape == () and value.dtype == torch.float32 for value in losses.values())
+    found = detector.eval()(images)
+    assert all(one["masks"].shape == (len(one["boxes"]), 28, 28) for one in found)
 
 
 def test_forbidding_works():
