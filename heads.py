@@ -39,8 +39,9 @@ def make_anchors(size, anchor_size, device="cpu", scales=SCALES, aspects=ASPECTS
     """Every anchor of an image of `size` (height, width): (A, 4) xyxy float32. Shared: do not write to it.
 
     Levels P3..P7 in turn, locations row by row, and at each location scale-major, then aspect. The base
-    side is anchor_size strides; location (i, j) has its centre at ((j + 1/2), (i + 1/2)) strides.
-    Source: RetinaNet section 4, authors' anchor.py.
+    side s is anchor_size strides times the scale; an anchor of aspect a is s sqrt(a) wide and s / sqrt(a) high.
+    Location (i, j) has its centre at ((j + 1/2), (i + 1/2)) strides. Sides are float64, all after that float32, as the
+    authors have it, to be equal to the last bit. Source: RetinaNet section 4, authors' anchor.py.
     """
     levels = []
     for L in LEVELS:
@@ -73,6 +74,7 @@ def encode_boxes(boxes, anchors, weights=(1.0, 1.0)):
 def decode_boxes(codes, anchors, weights=(1.0, 1.0)):
     """The inverse of `encode_boxes`: (..., 4) codes, (..., 4) xyxy -> (..., 4) xyxy; sides at most 62.5 anchors'.
 
+    The codes may be of half precision, the boxes are float32; the leading dimensions broadcast.
     Departure: the authors' decoder adds the legacy 1 to widths and heights.
     """
     codes = codes.float()
@@ -83,7 +85,7 @@ def decode_boxes(codes, anchors, weights=(1.0, 1.0)):
 
 
 def clip_boxes(boxes, sizes):
-    """Boxes (B, N, 4) clipped to their images' (height, width), sizes (B, 2)."""
+    """Boxes (B, N, 4) clipped to 0..width and 0..height of their images; sizes (B, 2) are (height, width)."""
     return boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
 
 
@@ -230,8 +232,9 @@ def per_anchor(x, values):
 def propose(objectness, codes, anchors, sizes, candidates):
     """Each image's proposals, best first: B tensors (N, 4) xyxy, N <= 1000, clipped to sizes (B, 2): (height, width).
 
-    objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level; `candidates` per level go into NMS. No box
-    is too small. NMS, by level, is the only thing that waits for the device: it tells the host how many boxes it keeps.
+    objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level; `candidates` per level go into NMS, after
+    which the best MAX_PROPOSALS per level stay, and then per image. No box is left out for its size, not even one that
+    clipping leaves without area. Nothing waits for the device but NMS, which tells the host how many boxes it keeps.
     Source: Faster R-CNN section 3.3; authors' roi_ops.py.
     """
     levels = []
@@ -276,7 +279,7 @@ def pack_pyramid(features):
 
 
 def roi_features(pyramid, boxes, side):
-    """RoIAlign of `boxes`, B tensors (N_b, 4), from `pack_pyramid`'s pyramid: (sum of N_b, C, side, side) float32.
+    """RoIAlign of `boxes`, B tensors (N_b, 4) or one (B, N, 4), from `pack_pyramid`'s: (all N, C, side, side) float32.
 
     One bilinear sample at the centre of each cell, at x / stride, without the half-pixel shift (authors'
     spatial_transform_ops.py). In torchvision's words: aligned, which takes half a pixel off that is added here.

@@ -43,10 +43,11 @@ MASK_TARGET_SIDE = 28
 def match_anchors(anchors, boxes, labels, iou_threshold=MATCH_IOU, background_iou=None):
     """Each anchor's label and box: (A,) int64, -1 for background, and (A, 4) xyxy, its own anchor if it has no object.
 
-    anchors (A, 4), boxes (G, 4), labels (G,) with -1 for padding. An anchor takes the object it overlaps
-    most, if their IoU is at least the threshold. Each object also claims its best anchor, whatever the IoU:
-    a claim overrides any match, the first object in the list wins a contested anchor, ties go to the lowest
-    index, padding never claims. With `background_iou`, only what is below it is background; the rest has label -2.
+    anchors (A, 4), boxes (G, 4), labels (G,) with -1 for padding; G may be 0. An anchor takes the object it overlaps
+    most, if their IoU is at least the threshold. Each object also claims its best anchor, whatever the IoU, 0
+    included: a claim overrides any match, the first object in the list wins a contested anchor, padding never claims.
+    Ties go to the lowest index, of the objects and of the anchors. With `background_iou`, of the anchors without an
+    object only those below it are background; the others have label -2.
     Source: RetinaNet section 4.1; Faster R-CNN section 3.1.2; authors' argmax_matcher.py.
     """
     nobody = len(boxes)  # the index of an extra, padded row: anchors nobody claims point there
@@ -138,6 +139,7 @@ def retinanet_loss(class_logits, box_codes, anchors, targets):
 def random_keys(noise, stream, count):
     """(B, count) int64 in 0..2^32-1, different within a row: a pure function of noise (B,) and the stream's number.
 
+    The RPN draws from stream 0, the RoIs from stream 1.
     A hash in place of a generator: it draws per image, whatever the batch, the rank and the device.
     """
 
@@ -152,7 +154,8 @@ def random_keys(noise, stream, count):
 def pick(candidates, keys, limit):
     """At most `limit` candidates per image, those of the highest keys: their indices (B, limit), and which are real.
 
-    candidates (B, N) bool, keys (B, N) int64, limit <= N. What is not real fills up and means nothing.
+    candidates (B, N) bool, keys (B, N) int64, limit <= N. The real ones come first, by falling key; what is not real
+    fills up and means nothing.
     """
     best, index = torch.where(candidates, keys, -1).topk(limit, dim=1)
     return index, best >= 0
@@ -162,7 +165,8 @@ def rpn_loss(objectness, box_codes, anchors, targets):
     """{"rpn_class": binary cross-entropy, "rpn_box": Huber loss} of the proposals, float32 scalars.
 
     objectness [(B, A_L)], box_codes [(B, A_L, 4)], anchors [(A_L, 4)], lists by level. Of each image 256 anchors are
-    sampled for the first, at most half of them positive; it is divided by 256 B. The second is over all positive
+    sampled for the first by `random_keys`, at most half of them positive, the rest background; it is divided by 256 B,
+    also where fewer are there, and not summed over ranks. The second is over all positive
     anchors, sampled or not: the mean over their coordinates within a level, over all ranks, summed over the levels.
     Source: Faster R-CNN sections 3.1.2 and 3.1.3; authors' losses.py:147-196.
     """
@@ -216,7 +220,9 @@ def sample_rois(proposals, targets, count, foreground_count):
     """RoIs: `count` per image, at most `foreground_count` of them foreground, drawn from proposals and objects.
 
     proposals: B tensors (N, 4), N <= 1000. Foreground overlaps an object by more than IoU 0.5, background every
-    object by less. Where an image has not enough of either, the rest is padding of zero boxes.
+    object by less; exactly 0.5 is neither. Both are picked by `random_keys` over the proposals, padded to 1000, and
+    then the objects. Background takes all places that foreground leaves; where there is not enough of it, the rest is
+    padding of zero boxes.
     Source: Fast R-CNN section 2.3; authors' target_ops.py.
     """
     device = targets["labels"].device
@@ -245,7 +251,7 @@ def sample_rois(proposals, targets, count, foreground_count):
 
 
 def box_head_loss(class_logits, box_codes, rois, targets):
-    """{"class": cross-entropy, mean over the RoIs, "box": Huber loss, mean over the foreground's coordinates}.
+    """{"class": cross-entropy, mean over the real RoIs, "box": Huber loss, mean over the foreground's coordinates}.
 
     class_logits (B R, K + 1), background first, box_codes (B R, K + 1, 4) in units of BOX_CODE_WEIGHTS. Both means
     are over all ranks. Source: Fast R-CNN section 2.3; authors' losses.py.
@@ -268,8 +274,10 @@ def box_head_loss(class_logits, box_codes, rois, targets):
 def mask_targets(rois, targets):
     """What the mask head should say: (B, M, 28, 28) float32 in 0..1, read from the objects' 112 x 112 masks.
 
-    A target's cell is the mask, bilinearly, at the cell's centre; outside the object's box it is 0, and so it is for
-    RoIs that are not foreground. Source: Mask R-CNN section 3; authors' spatial_transform_ops.py.
+    A target's cell is the mask, bilinearly, at the cell's centre, and between the centres of the mask's outer cells and
+    the edge of the object's box what the outer cells are. Where the centre is outside of that box it is 0, without
+    fading, and so it is for RoIs that are not foreground.
+    Source: Mask R-CNN section 3; authors' spatial_transform_ops.py.
     """
     foreground, roi_boxes, boxes = rois.with_objects(targets)
     masks = rois.of_objects(targets["masks"]).flatten(0, 1)[:, None].float()  # (B M, 1, 112, 112)

@@ -1,6 +1,7 @@
 """heads.py and loss.py: proposals, RoI features, sampling, and the five losses of Mask R-CNN."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -271,6 +272,15 @@ def test_rpn_samples_at_most_half_positive():
     assert (chosen[:600].sum(), chosen[600:].sum()) == (128, 128)
 
 
+def test_few_anchors_are_divided_as_256():
+    """Oracle: by hand. 3 positive, 5 background and 300 ignored anchors in each of two images, all logits 0:
+    16 log 2 / 512."""
+    kinds = [[0.0, 0, 10, 10]] * 3 + [[50, 50, 60, 60]] * 5 + [[0, 0, 10, 5]] * 300
+    targets = make_targets(*[([[0, 0, 10, 10]], [0])] * 2)
+    losses = rpn_loss([torch.zeros(2, 308)], [torch.zeros(2, 308, 4)], [torch.tensor(kinds)], targets)
+    assert losses["rpn_class"].item() == pytest.approx(16 * math.log(2) / 512, rel=1e-5)
+
+
 def test_roi_sampling():
     """Oracle: by hand and by torchvision's box_iou: foreground first and at most a quarter, objects themselves
     included, 0.5 exactly is neither, no RoI twice, the object of most overlap."""
@@ -292,7 +302,7 @@ def test_roi_sampling():
     assert not torch.equal(other.boxes[0], rois.boxes[0])
 
     half = torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 5.1], [0, 0, 10, 4.9]])
-    rois = sample_rois([half], make_targets(([[0, 0, 10, 10]], [7])), 8, 2)
+    rois = sample_rois([half], make_targets(([[0, 0, 10, 10]], [7])), 8, 3)
     assert rois.labels.tolist() == [[7, 7, -1, -2, -2, -2, -2, -2]]  # the object and the second; the third; padding
     assert sorted(rois.boxes[0, :2].tolist()) == [[0, 0, 10, pytest.approx(5.1)], [0, 0, 10, 10]]
     assert rois.boxes[0, 2].tolist() == [0, 0, 10, pytest.approx(4.9)] and not rois.boxes[0, 3:].any()
