@@ -1,9 +1,11 @@
 """Faults in the middle of a run: kills, full disks, dead workers, overflows, errors on one rank. Nothing is lost."""
 
+import functools
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,6 +50,21 @@ def worker_dies():
         return get(self, n)
 
     data.TrainSet.__getitem__ = getting
+
+
+def one_of_two(rank, port):
+    """This process is a rank of two; on rank 1 the third step's box loss is not a number."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    step = train.train_step
+
+    def stepping(*inputs):
+        means, norm = step(*inputs)
+        if rank == 1 and inputs[-1][1] == 2:
+            means["box"] = means["box"] * torch.nan
+        return means, norm
+
+    train.train_step = stepping
 
 
 def train_in_child(flags, said, prepare):
@@ -153,6 +170,28 @@ def test_an_overflow_is_skipped_and_counted(shapes, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "out" / "last.pt")["skipped"] == 2
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank(child, shapes, tmp_path):
+    """Oracle: by hand. Both ranks end at that step with exit code 1; one of them says step, losses and image ids, and
+    last.pt is from the epoch before."""
+    out, said, port = tmp_path / "out", tmp_path / "said.txt", free_port()
+    flags = [*SHORT, "--data", shapes, "--out", out]
+    ranks = [child(flags, said, functools.partial(one_of_two, rank, port)) for rank in (0, 1)]
+    for rank in ranks:
+        to_its_end(rank, code=1)
+    text = said.read_text()
+    a = data.load_annotations(shapes).first_images(8)
+    ids = [int(a.ids[k]) for k in data.permutation(0, 1, 8)[:4]]
+    assert text.count("error: ") == 1 and "diverged at step 3: " in text and "box loss nan" in text
+    assert f"image ids {ids}" in text and "Traceback" not in text
+    assert load_checkpoint(out / "last.pt")["step"] == 2 and [row["step"] for row in rows(out)] == [1, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [data.TRAIN, data.VAL])
 def test_an_error_on_one_rank_ends_all(split, shapes, tmp_path):
@@ -170,7 +209,15 @@ def test_an_error_on_one_rank_ends_all(split, shapes, tmp_path):
     victim = Path(a.path(number))
     victim.unlink()
     victim.write_bytes(b"not an image")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += [ROOT / "train.py", *SHORT, "--eval-every", "2", "--data", root, "--out", tmp_path / "out"]
     began = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
