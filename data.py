@@ -28,15 +28,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 MAX_OBJECTS = 100  # G: targets per image (authors' yaml, max_num_instances)
 MASK_SIDE = 112  # cells of a target's mask, per side of its box (authors' yaml, gt_mask_size)
-PAD = torch.tensor((124, 116, 104), dtype=torch.uint8).view(
-    3, 1, 1
-)  # the mean colour: 0 after normalization, within rounding
+PAD = torch.tensor((124, 116, 104), dtype=torch.uint8)  # the mean colour: 0 after normalization, within rounding
 MIN_SIDE = 0.01  # pixels: what the window leaves of an object's box below this is no object
 MAX_BROKEN = 0.01  # a larger share of broken objects means that the format is wrong, not an object
 TRAIN, VAL = "train2017", "val2017"
@@ -179,16 +177,17 @@ class View(NamedTuple):
         return boxes
 
     def image(self, image, size):
-        """PIL image -> uint8 (3, S, S): the region resized at once, padded at the right and bottom."""
+        """PIL image -> uint8 (3, S, S), channels last in memory: the region, resized at once and padded."""
         region = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
         # channels_last in all strides, the batch's too: without, the resize takes up to 4 times as long.
         region = torch.from_numpy(region)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
         # Departure: the authors' bilinear resize is not antialiased.
         region = F.interpolate(region, (self.height, self.width), mode="bilinear", antialias=True)[0]
-        canvas = torch.empty(3, size, size, dtype=torch.uint8)
-        canvas[:, : self.height, : self.width] = region.flip(2) if self.flip else region
-        canvas[:, self.height :] = canvas[:, : self.height, self.width :] = PAD
-        return canvas
+        region = region.permute(1, 2, 0)  # (h', w', 3)
+        canvas = torch.empty(size, size, 3, dtype=torch.uint8)
+        canvas[: self.height, : self.width] = region.flip(1) if self.flip else region
+        canvas[self.height :] = canvas[: self.height, self.width :] = PAD
+        return canvas.permute(2, 0, 1)
 
 
 def full_view(height, width, size, scale=1.0):
@@ -315,10 +314,21 @@ def micro_batches(first, last, batch, micro, rank=0, world=1):
             yield list(range(start, start + micro))
 
 
+def collate(samples):
+    """A batch of samples, stacked; the images stay channels last in memory, as the network wants them."""
+    batch = default_collate([sample | {"image": sample["image"].permute(1, 2, 0)} for sample in samples])
+    return batch | {"image": batch["image"].permute(0, 3, 1, 2)}  # (B, 3, S, S)
+
+
 def make_loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader over an iterable of lists of sample numbers."""
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory, worker_init_fn=own_process_group
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=own_process_group,
     )
 
 

@@ -351,7 +351,7 @@ def test_a_sample_of_shapes(shapes):
 def test_padding_normalizes_to_zero():
     """Oracle: by hand. The padding's colour is the mean, rounded, so it is 0 within half a grey level."""
     image = PAD.view(1, 3, 1, 1)
-    assert PAD.flatten().tolist() == [round(m) for m in PIXEL_MEAN]
+    assert PAD.tolist() == [round(m) for m in PIXEL_MEAN]
     assert Normalize()(image).abs().max() < 0.5 / 57
 
 
@@ -377,6 +377,21 @@ def test_global_batches_do_not_depend_on_the_hardware(world, micro):
     micro_steps = [sum(parts, []) for parts in zip(*per_rank)]
     assert sum(micro_steps, []) == list(range(24, 48))
     assert all(len(part) == world * micro for part in micro_steps)
+
+
+def test_batches_are_channels_last(shapes):
+    """Oracle: the samples. A batch is their stack, of which the images are channels last, from a worker, too."""
+    dataset = TrainSet(load_annotations(shapes), 128, (0.5, 2.0))
+    for workers in (0, 1):
+        (batch,) = make_loader(dataset, [[3, 4, 5]], workers)
+        assert batch["image"].is_contiguous(memory_format=torch.channels_last) and batch["image"].shape == (
+            3,
+            3,
+            128,
+            128,
+        )
+        for k, n in enumerate((3, 4, 5)):
+            assert all(torch.equal(batch[name][k], torch.as_tensor(value)) for name, value in dataset[n].items())
 
 
 def test_workers_do_not_matter(shapes):
