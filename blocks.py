@@ -5,12 +5,22 @@ Dimensions: B images, C channels, H x W pixels of a feature map. Level L has str
 
 import contextlib
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import drop_block2d, stochastic_depth
+
+try:
+    from torchvision.ops import drop_block2d, stochastic_depth
+except RuntimeError as error:  # "operator torchvision::nms does not exist"
+    print(
+        f"error: the installed torchvision was built for another torch than {torch.__version__} ({error}); install "
+        "both in one command: pip install --upgrade torch torchvision",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
 
 # Batch norm's epsilon, and 1 - the moving average's decay of 0.99 (authors' Mask R-CNN
 # yaml). Departure: their RetinaNet yaml says 1e-4 and 0.997; one choice serves both detectors.

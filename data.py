@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 
 MAX_OBJECTS = 100  # G: targets per image (authors' yaml, max_num_instances)
@@ -721,6 +720,8 @@ def draw_objects(image, boxes, labels, names, scores=None, masks=None):
 
     masks (n, m, m): numbers in 0..1 inside each box.
     """
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks  # only here: see blocks.py
+
     if not len(boxes):
         return image
     texts = [names[k] for k in labels.tolist()]

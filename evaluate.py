@@ -27,7 +27,6 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from data import (
@@ -385,6 +384,8 @@ def see(model, image, size, place):
 
 def write_grid(model, annotations, size, place, path):
     """A PNG of a few images, evenly spaced over the split: the ground truth and, to its right, the detections."""
+    from torchvision.utils import make_grid  # only here: see blocks.py
+
     was_training = model.training
     model.eval()
     names = [name for _, name in annotations.categories]

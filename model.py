@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import blocks
 import heads
 import loss
-from blocks import ACTIVATIONS, KINDS, ConvBN, Resample, Stem, block_group, init_conv_, recomputed
 
 # Mean and standard deviation of ImageNet's RGB, for images in 0..255.
 PIXEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -114,37 +114,37 @@ class SpineNet(nn.Module):
         options = dict(activation=activation, drop_rate=drop_rate)
         level, channels = {}, {}  # of every block's output, by block number
 
-        self.stem = Stem(STEM_CHANNELS, activation)
+        self.stem = blocks.Stem(STEM_CHANNELS, activation)
         self.groups, self.resamples, self.endpoints = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         stem_channels = STEM_CHANNELS
         for number in range(STEM_BLOCKS):
-            group = block_group("bottleneck", stem_channels, arch.width(STEM_LEVEL), arch.repeats, **options)
+            group = blocks.block_group("bottleneck", stem_channels, arch.width(STEM_LEVEL), arch.repeats, **options)
             self.groups[str(number)] = group
-            level[number], channels[number] = STEM_LEVEL, KINDS["bottleneck"].expansion * arch.width(STEM_LEVEL)
+            level[number], channels[number] = STEM_LEVEL, blocks.KINDS["bottleneck"].expansion * arch.width(STEM_LEVEL)
             stem_channels = channels[number]
 
         self.spine = arch.spine
         for block in arch.spine:
             width = arch.width(block.level)
-            out = KINDS[block.kind].expansion * width
+            out = blocks.KINDS[block.kind].expansion * width
             self.resamples[str(block.number)] = nn.ModuleList(
-                Resample(channels[p], arch.width(level[p]), level[p], out, block.level, arch.alpha, activation)
+                blocks.Resample(channels[p], arch.width(level[p]), level[p], out, block.level, arch.alpha, activation)
                 for p in block.parents
             )
             drop = drop_path * (block.number - 1) / len(arch.spine)  # r (i - 1) / 15: linear by block
-            self.groups[str(block.number)] = block_group(
+            self.groups[str(block.number)] = blocks.block_group(
                 block.kind, out, width, arch.repeats, drop_path=drop, **options
             )
             level[block.number], channels[block.number] = block.level, out
 
         self.outputs = {block.level: block.number for block in arch.spine if block.output}
         for L in LEVELS:
-            self.endpoints[str(L)] = ConvBN(channels[self.outputs[L]], arch.endpoint_channels, 1, 1, activation)
-        self.activation = ACTIVATIONS[activation]
+            self.endpoints[str(L)] = blocks.ConvBN(channels[self.outputs[L]], arch.endpoint_channels, 1, 1, activation)
+        self.activation = blocks.ACTIVATIONS[activation]
         self.recompute = 0
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                init_conv_(module)
+                blocks.init_conv_(module)
 
     def forward(self, x):
         check_size(*x.shape[-2:])
@@ -162,7 +162,7 @@ class SpineNet(nn.Module):
 
     def run(self, level, module, x):
         """module(x), at levels up to `recompute` kept only as its input."""
-        return recomputed(module, x) if level <= self.recompute else module(x)
+        return blocks.recomputed(module, x) if level <= self.recompute else module(x)
 
 
 class Normalize(nn.Module):
@@ -366,16 +366,18 @@ def draw(arch):
     """The scale-permuted network as SVG text, after the paper's Figure 4d: blocks in order from the left, levels up,
     kinds by colour, a line from every parent (dashed where it joins unresampled), outputs with a thick frame."""
     stem = [Block(number, STEM_LEVEL, "bottleneck", (number - 1,) if number else ()) for number in range(STEM_BLOCKS)]
-    blocks = {block.number: block for block in (*stem, *arch.spine)}
+    numbered = {block.number: block for block in (*stem, *arch.spine)}
     top, side, step = max(LEVELS), 36, 62
-    place = {number: (70 + 58 * k, 40 + step * (top - block.level)) for k, (number, block) in enumerate(blocks.items())}
+    place = {
+        number: (70 + 58 * k, 40 + step * (top - block.level)) for k, (number, block) in enumerate(numbered.items())
+    }
     width, bottom = max(x for x, _ in place.values()) + 60, 40 + step * (top - STEM_LEVEL)
     parts = [f'<rect width="{width}" height="{bottom + 90}" fill="white"/>']
     for level in range(STEM_LEVEL, top + 1):
         y = 40 + step * (top - level)
         parts.append(f'<line x1="44" y1="{y}" x2="{width - 20}" y2="{y}" stroke="#eeeeee"/>')
         parts.append(f'<text x="22" y="{y + 5}">L{level}</text>')
-    for number, block in blocks.items():
+    for number, block in numbered.items():
         (x1, y1), half = place[number], side // 2
         for parent in block.parents + block.as_is:
             x0, y0 = place[parent]
@@ -384,7 +386,7 @@ def draw(arch):
             lift = 34 if y0 == y1 and number - parent > 1 else 0  # around the blocks between them
             curve = f"M{x0 + half} {y0} C{x0 + bend:g} {y0 - lift} {x1 - bend:g} {y1 - lift} {x1 - half} {y1}"
             parts.append(f'<path d="{curve}" fill="none" stroke="#666666"{dashes}/>')
-    for number, block in blocks.items():
+    for number, block in numbered.items():
         x, y = place[number]
         frame = 'stroke="#c1121f" stroke-width="3"' if block.output else 'stroke="#444444"'
         box = f'x="{x - side // 2}" y="{y - side // 2}" width="{side}" height="{side}" rx="4"'

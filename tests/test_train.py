@@ -162,6 +162,18 @@ def test_cuda_asked_for_and_absent(monkeypatch, shapes, tmp_path):
         main([*TINY[:-1], "cuda", "--data", str(shapes), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "model.py"])
+def test_torchvision_of_another_torch(script, tmp_path):
+    """Oracle: by hand. Where torchvision can't be imported with this torch, a sentence has the pip line."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    said = python(ROOT / script, "--help", code=2, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert said.count("error: ") == 1 and "pip install --upgrade torch torchvision" in said
+    assert "torchvision::nms does not exist" in said and "Traceback" not in said
+
+
 def test_gpu_capability_against_the_build():
     """Oracle: PyPI's arch lists. A V100 runs torch 2.10's kernels, not 2.11's; newer GPUs run older binaries or PTX."""
     old = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
