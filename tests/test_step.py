@@ -122,8 +122,8 @@ def test_the_usual_batches_fit(head, arch, size, images, capacity, recompute):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_bfloat16_agrees_with_float32(head, monkeypatch):
-    """Oracle: the same losses in float32, from the same proposals. Under autocast they agree within 2 %, are float32
-    themselves, and every gradient is finite and float32."""
+    """Oracle: the same losses in float32, from the same proposals. Under autocast they agree within 2 %, the RPN's
+    small box loss within 0.001, are float32 themselves, and every gradient is finite and float32."""
     torch.manual_seed(0)
     boxes = batch_of(4)[1]["boxes"][:, :1] + torch.rand(4, 600, 4) * 16  # enough foreground, so that no RoI is padding
     monkeypatch.setattr(heads, "propose", lambda *inputs: list(boxes.clamp(0, 128)))
@@ -132,6 +132,7 @@ def test_bfloat16_agrees_with_float32(head, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         found = detector(*batch_of(4))
     for name, value in expected.items():
-        assert found[name].dtype == torch.float32 and found[name].item() == pytest.approx(value.item(), rel=0.02)
+        assert found[name].dtype == torch.float32
+        assert found[name].item() == pytest.approx(value.item(), rel=0.02, abs=0.001)
     sum(found.values()).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in detector.parameters())
