@@ -30,16 +30,15 @@ from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from data import (
+    MIN_SIDE,
     VAL,
-    TestSet,
+    EvalSet,
     UserError,
-    draw_objects,
     full_view,
     load_annotations,
     make_folder,
     make_loader,
     one_sentence,
-    paste_mask,
     read_checked,
     read_image,
     resolve_root,
@@ -50,6 +49,7 @@ KINDS = {"bbox": "", "segm": "mask_"}  # what COCO compares: the prefix of the m
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation
 CHECKPOINT_KEYS = {"model", "optimizer", "scaler", "step", "evaluated", "best", "skipped", "recipe", "categories"}
+AMP = {"auto": None, "off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 V100_PIP = "pip install torch==2.10.0 torchvision==0.25.0"
 
 
@@ -67,7 +67,7 @@ class Place(NamedTuple):
     def memory(self):
         """GB of the device; 16 are assumed where it doesn't say."""
         cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_properties(self.device).total_memory / 2**30 if cuda else 16
+        return torch.cuda.get_device_properties(self.device).total_memory / 1e9 if cuda else 16
 
     def move(self, value):
         """A module or a batch of images to the device, channels last but in float32 on CUDA, where that is slower."""
@@ -103,7 +103,7 @@ def start(device_name=None, amp="auto"):
     if world > 1 and not dist.is_initialized():
         # Rank 0 alone runs COCOeval while the others wait: minutes on a large set, never an hour.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-    return Place(device, rank, world, {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp])
+    return Place(device, rank, world, AMP[amp])
 
 
 def finish(place):
@@ -207,6 +207,53 @@ def known_objects(annotations, i):
     return Objects(boxes, labels, None, [annotations.masks.crop(m, b, int(annotations.heights[i])) for m, b in rows])
 
 
+def paste_mask(mask, box, height, width):
+    """A mask (m, m) in 0..1 of a box (4,) xyxy, in image pixels, as COCO's compressed run-length code of the image.
+
+    A pixel is the object's where the mask, bilinearly at the pixel's centre, is above 0.5; outside the centres of its
+    outer cells the mask falls to 0 as if it were padded. Only the box's own pixels are computed.
+    """
+    low = np.floor(box[:2]).clip(0, (width, height)).astype(int)
+    high = np.ceil(box[2:]).clip(low, (width, height)).astype(int)
+    side = len(mask)
+    tents = []
+    for axis in (0, 1):  # bilinear interpolation is a product of a matrix per axis
+        pixels = np.arange(low[axis], high[axis]) + 0.5
+        place = (pixels - box[axis]) * (side / max(box[axis + 2] - box[axis], MIN_SIDE)) - 0.5
+        tents.append((1 - np.abs(place[:, None] - np.arange(side))).clip(0).astype(np.float32))
+    inside = tents[0] @ np.asarray(mask, dtype=np.float32).T @ tents[1].T > 0.5  # (w, h): columns are contiguous
+    column, row = np.nonzero(np.diff(inside.astype(np.int8), axis=1, prepend=0, append=0))
+    changes = (low[0] + column) * height + low[1] + row  # of the whole image's pixels, column by column
+    same = np.flatnonzero(changes[1:] == changes[:-1])  # a run that goes on into the next column
+    counts = np.diff(np.delete(changes, [same, same + 1]), prepend=0, append=height * width)
+    counts = counts[: len(counts) - (counts[-1] == 0)]
+    return coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+
+
+PALETTE = ((230, 60, 60), (60, 160, 240), (60, 200, 90), (240, 190, 40), (190, 90, 220), (40, 200, 200), (250, 130, 40))
+
+
+def draw_objects(image, boxes, labels, names, scores=None, masks=None):
+    """uint8 (3, H, W) with boxes (n, 4) xyxy drawn in their class's colour and named, with scores and masks if given.
+
+    masks (n, m, m): numbers in 0..1 inside each box.
+    """
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks  # only here: see blocks.py
+
+    if not len(boxes):
+        return image
+    texts = [names[k] for k in labels.tolist()]
+    if scores is not None:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
+    colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
+    for mask, box, colour in zip(() if masks is None else masks, boxes.numpy(), colours):
+        pixels = coco_mask.decode(paste_mask(mask, box, *image.shape[1:]))
+        image = draw_segmentation_masks(image, torch.from_numpy(pixels).bool(), alpha=0.5, colors=[colour])
+    return draw_bounding_boxes(
+        image, boxes, texts, colours, width=2, label_colors="black", label_background_colors=colours, fill_labels=True
+    )
+
+
 class Stopwatch:
     """Seconds by what they went on: `lap` books the time since the lap before."""
 
@@ -229,7 +276,7 @@ def detect_all(model, annotations, size, place, micro_batch, workers, watch):
     """{index: Objects} of this rank's images, every world-th of them; masks as run-length codes."""
     mine = list(range(place.rank, len(annotations.ids), place.world))
     batches = [mine[k : k + micro_batch] for k in range(0, len(mine), micro_batch)]
-    loader = make_loader(TestSet(annotations, size), batches, workers, place.device.type == "cuda")
+    loader = make_loader(EvalSet(annotations, size), batches, workers, place.device.type == "cuda")
     found = {}
     for batch in tqdm(loader, desc="evaluating", total=len(batches), disable=place.rank > 0 or None, leave=False):
         watch.lap("data")
@@ -316,17 +363,15 @@ def coco_index(annotations, objects):
 
 def ground_truth(annotations):
     """A split's objects, crowds included, as COCO annotation dicts."""
-    a = annotations
-    owner = np.repeat(np.arange(len(a.ids)), np.diff(a.first)).tolist()
-    ids = [a.categories[label][0] for label in a.labels.tolist()]
-    rows = zip(a.ids[owner].tolist(), ids, a.boxes.tolist(), a.area.tolist(), a.crowd.tolist())
-    objects = [
-        {"image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": int(crowd)}
-        for image, category, box, area, crowd in rows
-    ]
-    if a.masks is not None:
-        for m, (o, i) in enumerate(zip(objects, owner)):
-            o["segmentation"] = a.masks.coco(m, int(a.heights[i]), int(a.widths[i]))
+    a, objects = annotations, []
+    for i, (start, stop) in enumerate(a.spans.tolist()):
+        image = {"image_id": int(a.ids[i])}
+        for m in range(start, stop):
+            o = image | {"category_id": a.categories[a.labels[m]][0], "iscrowd": int(a.crowd[m])}
+            o |= {"bbox": a.boxes[m].tolist(), "area": float(a.area[m])}
+            if a.masks is not None:
+                o["segmentation"] = a.masks.coco(m, int(a.heights[i]), int(a.widths[i]))
+            objects.append(o)
     return objects
 
 
@@ -335,7 +380,7 @@ def coco_metrics(annotations, results, per_class=False):
 
     If the annotations have masks, twelve more for them, called "mask_AP" and so on.
     """
-    if annotations.crowd.all():
+    if not annotations.positives().any():
         print("warning: the split has no objects to find, so AP is -1")
     elif not results:
         print("warning: there is not one detection above the score threshold, so AP is 0")
@@ -432,28 +477,23 @@ def check_categories(annotations, categories, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="COCO metrics of a checkpoint, or its detections on any image.")
-    parser.add_argument("--weights", type=Path, required=True, help="a checkpoint of train.py")
-    parser.add_argument(
-        "--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)"
-    )
-    parser.add_argument("--split", default=VAL, help=f"default {VAL}")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
-    parser.add_argument("--per-class", action="store_true", help="print AP by class, too")
-    parser.add_argument("--images", type=Path, help="an image or a folder of images to predict on, instead of --data")
-    parser.add_argument(
-        "--score", type=float, default=0.3, help="with --images: draw detections from here on (default 0.3)"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder of results.json or of the pictures (default: beside the weights)"
-    )
-    parser.add_argument("--micro-batch", type=int, default=8, help="images at once per device (default 8)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
-    parser.add_argument("--amp", choices=("auto", "off", "fp16", "bf16"), default="auto")
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="a checkpoint of train.py")
+    add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    add("--split", default=VAL, help=f"default {VAL}")
+    add("--limit", type=int, metavar="N", help="only the first N images")
+    add("--per-class", action="store_true", help="print AP by class, too")
+    add("--images", type=Path, help="an image or a folder of images to predict on, instead of --data")
+    add("--score", type=float, default=0.3, help="with --images: draw detections from here on (default 0.3)")
+    add("--out", type=Path, help="folder of results.json or of the pictures (default: beside the weights)")
+    add("--micro-batch", type=int, default=8, help="images at once per device (default 8)")
+    add("--workers", type=int, default=2)
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
+    add("--amp", choices=AMP, default="auto")
     args = parser.parse_args(argv)
 
-    if args.micro_batch <= 0 or args.workers < 0:
-        raise UserError("--micro-batch must be positive, --workers not negative")
+    if args.micro_batch <= 0 or args.workers < 0 or (args.limit is not None and args.limit <= 0):
+        raise UserError("--micro-batch and --limit must be positive, --workers not negative")
     checkpoint = load_checkpoint(args.weights)
     categories, recipe = checkpoint["categories"], checkpoint["recipe"]
     out = args.out or args.weights.parent / ("seen" if args.images else "")
@@ -461,7 +501,7 @@ def main(argv=None):
     if not args.images:
         with first_of_machine_first(place):
             annotations = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks)
-        annotations = annotations.first_images(args.limit)
+        annotations = annotations.select(slice(args.limit))
         check_categories(annotations, categories, args.weights)
     detector = load_model(checkpoint, place)
     make_folder(out)

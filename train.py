@@ -1,5 +1,8 @@
 """What is the recipe, and the loop? Protocols, learning rate, checkpoints, one loop for 1 CPU to N GPUs.
 
+In this order: the tables of the recipe; `lr_at`; one optimizer step, `train_step`; arguments become a recipe,
+`resolve` and `split_batch`; a Run, its log and its progress; the loop, `fit`; what comes before it, `prepare`.
+
 Dimensions: B images of a micro-batch on one rank; an optimizer step sees ranks x B x accumulation images.
 
     python train.py --arch tiny --size 128 --protocol toy --data shapes
@@ -28,24 +31,22 @@ from tqdm import tqdm
 
 from blocks import BN_MOMENTUM
 from data import (
-    MASK_SIDE,
-    MAX_OBJECTS,
     TRAIN,
     VAL,
     Annotations,
     TrainSet,
     UserError,
+    collate,
     load_annotations,
     make_folder,
     make_loader,
     micro_batches,
     one_sentence,
-    permutation,
     require_split,
     resolve_root,
     split_paths,
 )
-from evaluate import Place, evaluate, finish, first_of_machine_first, load_checkpoint, start, write_grid
+from evaluate import AMP, Place, evaluate, finish, first_of_machine_first, load_checkpoint, start, write_grid
 from loss import MASK_ROIS, ROIS
 from model import ARCHS, HEADS, MULTIPLE, build_model, check_size
 
@@ -97,41 +98,31 @@ DROPS = (30, 10)  # epochs before the end at which the learning rate is divided 
 SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
 
 RECOMPUTE = (0, 2, 7)  # --recompute: keep all activations; recompute the stem's level; recompute every block group
-# What a step needs under autocast, in GB: whatever the images (16 bytes per parameter), and for each image of this size
-# with --recompute 0, 2, 7. By account, not by measurement: tests/bench_step.py --memory. Other sizes scale by area.
-MEMORY = {  # (head, arch, activation): (size, fixed, (per image))
-    ("retinanet", "49S", "relu"): (640, 0.18, (0.415, 0.320, 0.284)),
-    ("retinanet", "49S", "swish"): (640, 0.18, (0.549, 0.403, 0.341)),
-    ("retinanet", "49", "relu"): (640, 0.45, (0.589, 0.460, 0.405)),
-    ("retinanet", "49", "swish"): (640, 0.45, (0.799, 0.598, 0.503)),
-    ("retinanet", "96", "relu"): (1024, 0.68, (2.018, 1.386, 1.037)),
-    ("retinanet", "96", "swish"): (1024, 0.68, (2.810, 1.843, 1.287)),
-    ("retinanet", "143", "relu"): (1280, 1.07, (4.129, 2.671, 1.799)),
-    ("retinanet", "143", "swish"): (1280, 1.07, (5.841, 3.623, 2.266)),
-    ("retinanet", "190", "relu"): (1280, 2.61, (6.870, 4.411, 2.859)),
-    ("retinanet", "190", "swish"): (1280, 2.61, (9.912, 6.176, 3.785)),
-    ("retinanet", "tiny", "relu"): (640, 0.03, (0.235, 0.179, 0.165)),
-    ("retinanet", "tiny", "swish"): (640, 0.03, (0.293, 0.209, 0.185)),
-    ("mask_rcnn", "49S", "relu"): (640, 0.22, (0.585, 0.490, 0.454)),
-    ("mask_rcnn", "49S", "swish"): (640, 0.22, (0.782, 0.635, 0.574)),
-    ("mask_rcnn", "49", "relu"): (640, 0.65, (0.901, 0.772, 0.717)),
-    ("mask_rcnn", "49", "swish"): (640, 0.65, (1.236, 1.035, 0.940)),
-    ("mask_rcnn", "96", "relu"): (1024, 0.88, (2.112, 1.480, 1.130)),
-    ("mask_rcnn", "96", "swish"): (1024, 0.88, (2.981, 2.014, 1.458)),
-    ("mask_rcnn", "143", "relu"): (1280, 1.27, (4.022, 2.564, 1.692)),
-    ("mask_rcnn", "143", "swish"): (1280, 1.27, (5.767, 3.548, 2.192)),
-    ("mask_rcnn", "190", "relu"): (1536, 2.82, (9.473, 5.932, 3.696)),
-    ("mask_rcnn", "tiny", "relu"): (640, 0.03, (0.291, 0.234, 0.221)),
-    ("mask_rcnn", "tiny", "swish"): (640, 0.03, (0.358, 0.274, 0.250)),
-    ("mask_rcnn", "190", "swish"): (1536, 2.82, (13.761, 8.382, 4.937)),
+# What a step needs under autocast with ReLU, in GB: whatever the images (16 bytes per parameter), and for each image of
+# this size with --recompute 0, 2, 7. By account, not by measurement: tests/bench_step.py --memory. Other sizes scale by
+# area. Swish keeps its inputs, DropBlock its masks: with either, an image needs at most SWISH times as much.
+MEMORY = {  # (head, arch): (size, fixed, (per image))
+    ("retinanet", "49S"): (640, 0.18, (0.415, 0.320, 0.284)),
+    ("retinanet", "49"): (640, 0.45, (0.589, 0.460, 0.405)),
+    ("retinanet", "96"): (1024, 0.68, (2.018, 1.386, 1.037)),
+    ("retinanet", "143"): (1280, 1.07, (4.129, 2.671, 1.799)),
+    ("retinanet", "190"): (1280, 2.61, (6.870, 4.411, 2.859)),
+    ("retinanet", "tiny"): (640, 0.03, (0.235, 0.179, 0.165)),
+    ("mask_rcnn", "49S"): (640, 0.22, (0.585, 0.490, 0.454)),
+    ("mask_rcnn", "49"): (640, 0.65, (0.901, 0.772, 0.717)),
+    ("mask_rcnn", "96"): (1024, 0.88, (2.112, 1.480, 1.130)),
+    ("mask_rcnn", "143"): (1280, 1.27, (4.022, 2.564, 1.692)),
+    ("mask_rcnn", "190"): (1536, 2.82, (9.473, 5.932, 3.696)),
+    ("mask_rcnn", "tiny"): (640, 0.03, (0.291, 0.234, 0.221)),
 }
+SWISH = 1.46
 PLANNED = 14 / 16  # of a device's memory: the rest is for what the account leaves out
 SAVE_SECONDS = 15 * 60
 PRINT_EVERY = 50  # steps
 MAX_WAITING = 0.2  # share of the time that may be spent on waiting for data without a warning
 
 
-def schedule(epochs, steps_per_epoch, batch_size, lr=0.28):
+def schedule(epochs, steps_per_epoch, batch_size, lr):
     """(peak, warm-up's first rate, warm-up's steps, step of the first drop, step of the second, all steps)."""
     scale, total = batch_size / LR_BATCH, epochs * steps_per_epoch
     warmup = min(WARMUP_STEPS / scale, total * LONGEST_WARMUP)
@@ -142,7 +133,7 @@ def schedule(epochs, steps_per_epoch, batch_size, lr=0.28):
     return lr * scale, WARMUP_LR * scale, warmup, first, second, total
 
 
-def lr_at(step, epochs, steps_per_epoch, batch_size=256, lr=0.28):
+def lr_at(step, epochs, steps_per_epoch, batch_size=LR_BATCH, lr=Protocol.lr):
     """The learning rate of a step, a pure function: linear warm-up, then the peak, a tenth, a hundredth of it.
 
     `lr` is per 256 images; the peak is lr * batch_size / 256. Source: paper section 5.1; authors' yaml files.
@@ -167,7 +158,7 @@ def make_scaler(place):
 
 
 def train_step(model, batches, accumulate, optimizer, scaler, lr, clip, place, noise_key=(0, 0)):
-    """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the norm of the gradient.
+    """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the gradient's norm before clipping.
 
     The first `accumulate` micro-batches of the iterable `batches` are used and their losses averaged. noise_key is
     (seed, step): from it, the micro-step and the rank, stochastic depth and DropBlock draw. Nothing is read back
@@ -197,7 +188,7 @@ def train_step(model, batches, accumulate, optimizer, scaler, lr, clip, place, n
 
 def read_step(means, norm, stop, place):
     """The step's one host read: ({name: loss, mean over the ranks}, gradient norm, whether any rank asks to stop)."""
-    values = torch.stack([*means.values(), torch.full_like(norm, float(bool(stop)))])
+    values = torch.stack([*means.values(), torch.full_like(norm, float(stop))])
     if place.world > 1:
         dist.all_reduce(values)
     *losses, stop, norm = torch.cat((values / place.world, norm[None])).tolist()
@@ -215,7 +206,9 @@ def save(path, checkpoint):
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
         draft.unlink(missing_ok=True)
-        raise UserError(f"could not write {path} ({error}); the one before is intact: make room and --resume") from None
+        raise UserError(
+            f"could not write {path} ({error}); what it held before is intact: make room and --resume"
+        ) from None
 
 
 def parse_args(argv=None):
@@ -233,30 +226,18 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate per 256 images of the global batch")
     add("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scale jitter's range")
     add("--eval-every", type=int, help="epochs between evaluations")
-    add("--workers", type=int, help="data processes per device (default: its share of the cores, 8 at most)")
+    share = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
+    add("--workers", type=int, default=share, help="data processes per device (default: its share of the cores, to 8)")
     add("--seed", type=int, default=0)
     add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
-    add(
-        "--amp", choices=("auto", "off", "fp16", "bf16"), default="auto", help="auto: by compute capability; off on CPU"
-    )
-    add(
-        "--recompute",
-        type=int,
-        default=0,
-        choices=RECOMPUTE,
-        metavar="LEVEL",
-        help="save memory: blocks up to this level are computed again in backward; 2 is cheap, 7 saves most",
-    )
+    add("--amp", choices=AMP, default="auto", help="auto: by compute capability, off on a CPU")
+    recompute = "save memory: compute blocks up to this level again in backward; 2 is cheap, 7 saves most"
+    add("--recompute", type=int, default=0, choices=RECOMPUTE, metavar="LEVEL", help=recompute)
     add("--compile", action="store_true", help="torch.compile the model")
     add("--tensorboard", action="store_true", help="write curves and pictures for tensorboard into --out, too")
-    add("--resume", nargs="?", const="last.pt", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
     add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
-    add(
-        "--overfit",
-        type=int,
-        metavar="N",
-        help="train and evaluate on the first N images with objects; no augmentation",
-    )
+    add("--overfit", type=int, metavar="N", help="train and evaluate on the first N images with objects, as they are")
     add("--limit", type=int, metavar="N", help="the first N images of every split")
     return parser.parse_args(argv)
 
@@ -267,19 +248,20 @@ def resolve(args):
     fields |= HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
     if args.overfit:
         fields |= OVERFIT | {"batch_size": args.overfit}
+    # A recipe has no fields that only another head knows, such as RoI counts.
     others = {name for head in HEADS.values() for name in head.options} - set(HEADS[args.head].options)
     fields = {name: value for name, value in fields.items() if name not in others}
     flags = ("batch_size", "epochs", "lr", "jitter", "eval_every")
     fields |= {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
     kept = ("arch", "size", "protocol", "head", "seed", "overfit", "limit")
     recipe = {name: getattr(args, name) for name in kept} | fields | {"jitter": list(fields["jitter"])}
-    for name in ("size", "batch_size", "epochs", "lr", "eval_every", "clip"):
-        if not recipe[name] > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
     for name, low in (("overfit", 1), ("limit", 1), ("seed", 0), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and value < low:
             raise UserError(f"--{name} is {value}, but must be at least {low}")
+    for name in ("size", "batch_size", "epochs", "lr", "eval_every"):
+        if not recipe[name] > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
     if not 0 < recipe["jitter"][0] <= recipe["jitter"][1]:
         raise UserError(f"--jitter {recipe['jitter']}: give LOW and HIGH with 0 < LOW <= HIGH")
     try:
@@ -295,10 +277,9 @@ def split_batch(recipe, micro_batch, recompute, place):
     if rest:
         raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
     if micro_batch is None:
-        # DropBlock's masks are about as much as swish's inputs.
-        activation = "swish" if recipe["drop_rate"] else recipe["activation"]
-        size, fixed, each = MEMORY[recipe["head"], recipe["arch"], activation]
+        size, fixed, each = MEMORY[recipe["head"], recipe["arch"]]
         each = each[RECOMPUTE.index(recompute)] * (recipe["size"] / size) ** 2 * (1 if place.amp else 2)
+        each *= SWISH if recipe["activation"] == "swish" or recipe["drop_rate"] else 1
         fits = max(int((PLANNED * place.memory() - fixed) / each), 1)
         micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)
     if micro_batch <= 0 or share % micro_batch:
@@ -322,7 +303,7 @@ def load_splits(args, recipe, place):
             raise UserError(f"--overfit {recipe['overfit']}: only {len(chosen)} images of {root} have an object")
         train = train.select(chosen)
         return train, train
-    train = train.first_images(recipe["limit"])
+    train = train.select(slice(recipe["limit"]))
     val_json = split_paths(root, VAL)[0]
     if not val_json.exists():
         if place.rank == 0:
@@ -331,7 +312,7 @@ def load_splits(args, recipe, place):
     val = load_annotations(root, VAL, masks)
     if val.categories != train.categories:
         raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
-    return train, val.first_images(recipe["limit"])
+    return train, val.select(slice(recipe["limit"]))
 
 
 @dataclass
@@ -350,6 +331,11 @@ class Run:
     scaler: torch.amp.GradScaler
     state: dict  # step, evaluated (the step of the last evaluation), best (AP), skipped (fp16 overflows)
     tensorboard: bool = False
+
+    @property
+    def samples(self):
+        """The training samples, by their numbers."""
+        return TrainSet(self.train, *(self.recipe[name] for name in ("size", "jitter", "flip", "seed")))
 
     @property
     def steps_per_epoch(self):
@@ -381,7 +367,8 @@ def describe(run):
         f"{first_lr:.3g} over {warmup:.0f} steps; / 10 at step {first}, / 100 at {second} of {total} "
         f"({recipe['epochs']} epochs of {run.steps_per_epoch})"
     )
-    print(f"writing to {run.out}" + f", resuming at step {run.state['step']}" * (run.state["step"] > 0), flush=True)
+    resuming = f", resuming at step {run.state['step']}" if run.state["step"] else ""
+    print(f"writing to {run.out}{resuming}", flush=True)
 
 
 def load_weights(detector, path, categories):
@@ -409,7 +396,7 @@ def check_resume(checkpoint, recipe, categories, steps, path, rank):
     for name in ("arch", "size", "head", "classes"):
         if old[name] != new[name]:
             was = "" if name == "classes" else f" ({old[name]}, not {new[name]})"
-            raise UserError(f"--resume {path}: the checkpoint has another {name}{was}; use --weights to start from it")
+            raise UserError(f"--resume {path}: the checkpoint's {name} differs{was}; use --weights to start from it")
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in recipe if old.get(name) != new[name]]
     if checkpoint["step"] > steps:
         raise UserError(f"--resume {path}: it has {checkpoint['step']} steps behind it, and this recipe only {steps}")
@@ -427,8 +414,9 @@ class Log:
         self.file = self.board = None
         if place.rank > 0:
             return
+        old = path.read_text().splitlines() if state["step"] and path.exists() else []
         kept = []
-        for line in path.read_text().splitlines() if state["step"] and path.exists() else []:
+        for line in old:
             with contextlib.suppress(ValueError):  # a kill can cut the last line
                 row = json.loads(line)
                 if row.get("step", 0) <= state["step"] and row.get("eval_step", 0) <= state["evaluated"]:
@@ -466,7 +454,7 @@ def tensorboard_writer():
 
 
 class Stop:
-    """Truthy once SIGTERM or the first Ctrl-C has come; a second Ctrl-C ends the process at once."""
+    """`asked` once SIGTERM or the first Ctrl-C has come; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         self.asked = False
@@ -477,24 +465,14 @@ class Stop:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __bool__(self):
-        return self.asked
 
-
-class Timed:
-    """An iterator that adds up the seconds its user has waited for it."""
-
-    def __init__(self, iterable):
-        self.iterator, self.waited = iter(iterable), 0.0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        start = time.perf_counter()
-        item = next(self.iterator)
-        self.waited += time.perf_counter() - start
-        return item
+def timed(batches, waits):
+    """The same batches; the seconds that each was waited for are added to the list `waits`."""
+    while True:
+        began = time.perf_counter()
+        batch = next(batches)
+        waits.append(time.perf_counter() - began)
+        yield batch
 
 
 class Report:
@@ -529,14 +507,14 @@ def refuse_divergence(run, losses, norm, lr):
         return
     if run.place.rank > 0:
         raise SystemExit(1)
-    step, batch_size, images = run.state["step"], run.recipe["batch_size"], len(run.train.ids)
-    samples = [divmod(n, images) for n in range(step * batch_size, (step + 1) * batch_size)]
-    ids = [int(run.train.ids[permutation(run.recipe["seed"], epoch, images)[k]]) for epoch, k in samples]
+    step, batch_size = run.state["step"], run.recipe["batch_size"]
+    images = [run.samples.image_of(n)[1] for n in range(step * batch_size, (step + 1) * batch_size)]
+    before = f"; {run.out}/last.pt is from before" if (run.out / "last.pt").exists() else ""
     terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
     raise SystemExit(
         f"error: training diverged at step {step + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, "
-        f"image ids {ids}; try a lower --lr, or look for broken boxes with data.py --show; "
-        f"{run.out}/last.pt is from before"
+        f"image ids {run.train.ids[images].tolist()}; try a lower --lr, or look for broken boxes with "
+        f"data.py --data FOLDER --show 8{before}"
     )
 
 
@@ -575,9 +553,9 @@ def fit(run):
     recipe, place, state = run.recipe, run.place, run.state
     batch_size, per_epoch, seed = recipe["batch_size"], run.steps_per_epoch, recipe["seed"]
     total = recipe["epochs"] * per_epoch
-    dataset = TrainSet(run.train, recipe["size"], recipe["jitter"], recipe["flip"], seed)
-    samples = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
-    batches = Timed(make_loader(dataset, samples, run.workers, place.device.type == "cuda"))
+    order = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
+    waits = []
+    batches = timed(iter(make_loader(run.samples, order, run.workers, place.device.type == "cuda")), waits)
     log = Log(run.out / "log.jsonl", place, state, run.tensorboard)
     stop, saved = Stop(), time.monotonic()
     report = Report(run, total)
@@ -590,20 +568,25 @@ def fit(run):
         if step == total:
             return True
 
-        began, waited = time.perf_counter(), batches.waited
+        began = time.perf_counter()
+        waits.clear()
         lr = lr_at(step, recipe["epochs"], per_epoch, batch_size, recipe["lr"])
         means, norm = train_step(
             run.model, batches, run.accumulate, run.optimizer, run.scaler, lr, recipe["clip"], place, (seed, step)
         )
-        losses, norm, asked = read_step(means, norm, stop, place)
+        losses, norm, asked = read_step(means, norm, stop.asked, place)
         refuse_divergence(run, losses, norm, lr)
 
         state["step"] += 1
         state["skipped"] += not math.isfinite(norm)
-        times = {"seconds": time.perf_counter() - began, "waited": batches.waited - waited}
-        row = {"step": state["step"], "epoch": state["step"] / per_epoch, "lr": lr, "loss": sum(losses.values())}
-        row |= losses | times
-        row |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]}
+        row = {
+            "step": state["step"],
+            "epoch": state["step"] / per_epoch,
+            "lr": lr,
+            "loss": sum(losses.values()),
+        } | losses
+        row |= {"seconds": time.perf_counter() - began, "waited": sum(waits), "skipped": state["skipped"]}
+        row |= {"grad_norm": norm if math.isfinite(norm) else None}
         log.write(row)
         report.step(row)
         if asked or state["step"] % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
@@ -614,18 +597,18 @@ def fit(run):
 
 
 @contextlib.contextmanager
-def memory_in_words(recipe, place):
+def memory_in_words(recipe, recompute, place):
     """A device without memory left becomes a UserError that says what was used and what to try."""
     try:
         yield
     except torch.OutOfMemoryError:
         micro, share = recipe["micro_batch"], recipe["batch_size"] // place.world
         smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
-        cure = f"try --micro-batch {smaller}, or --recompute 7" if smaller else "try --recompute 7, or a smaller --size"
+        cures = [f"--micro-batch {smaller}"] * (micro > 1) + ["--recompute 7"] * (recompute < 7)
         peak = torch.cuda.max_memory_allocated() / 2**30
         raise UserError(
             f"--micro-batch {micro} of --size {recipe['size']} does not fit into the memory of {place.device}: "
-            f"{peak:.1f} GiB were in use at most; {cure} (the recipe stays the same)"
+            f"{peak:.1f} GiB were in use at most; try {', '.join([*cures, 'or a smaller --size'])}"
         ) from None
 
 
@@ -634,25 +617,25 @@ def rehearse(run):
 
     Leaves no trace: weights, batch norm's averages, gradients, the optimizer and the random state are as before.
     """
-    recipe, place, B = run.recipe, run.place, run.recipe["micro_batch"]
-    corners = torch.rand(B, MAX_OBJECTS, 2, generator=torch.Generator().manual_seed(0)) * (recipe["size"] - 64)
-    batch = {
-        "boxes": torch.cat((corners, corners + 64), dim=2),  # (B, 100, 4)
-        "labels": torch.zeros(B, MAX_OBJECTS, dtype=torch.int64),
-        "noise": torch.arange(B),
-        "masks": torch.ones(B, MAX_OBJECTS, MASK_SIDE, MASK_SIDE, dtype=torch.uint8),
-    }
-    images = torch.zeros(B, 3, recipe["size"], recipe["size"], dtype=torch.uint8)
+    recipe, place = run.recipe, run.place
+    batch = collate([run.samples[0]] * recipe["micro_batch"])
+    corners = torch.rand(*batch["boxes"].shape[:2], 2, generator=torch.Generator().manual_seed(0))  # (B, 100, 2)
+    corners *= recipe["size"] - 64
+    batch |= {"boxes": torch.cat((corners, corners + 64), dim=2), "labels": torch.zeros_like(batch["labels"])}
+    images = batch.pop("image")
+    batch.pop("region")  # so that the whole square counts as image
     averages = {name: value.clone() for name, value in run.detector.named_buffers()}
+    # SGD makes its momenta in the first step: until then, others take their memory.
     momenta = [] if run.optimizer.state else [torch.empty_like(p) for p in run.detector.parameters()]
     run.model.train()
     devices = [place.device] if place.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), run.model.no_sync() if place.world > 1 else contextlib.nullcontext():
+    alone = run.model.no_sync() if place.world > 1 else contextlib.nullcontext()
+    with torch.random.fork_rng(devices), alone:
         with place.autocast():
             losses = run.model(place.move(images), {name: value.to(place.device) for name, value in batch.items()})
         run.scaler.scale(sum(losses.values())).backward()
     run.optimizer.zero_grad(set_to_none=True)
-    del losses, momenta  # memory that the first step will take
+    del losses, momenta
     for name, value in run.detector.named_buffers():
         value.copy_(averages[name])
 
@@ -663,26 +646,34 @@ def check_quickly(args):
     out = args.out or Path("runs") / f"{args.arch}_{args.size}_{args.protocol}_{args.head}"
     if args.tensorboard:
         tensorboard_writer()
-    if args.resume and args.weights:
+    if args.resume is not None and args.weights:
         raise UserError("--resume goes on with its own weights: leave out --weights")
-    resume = args.resume and (out / "last.pt" if args.resume == "last.pt" else Path(args.resume))
-    if not resume and (out / "last.pt").exists():
-        raise UserError(f"{out} already holds a run: continue it with --resume, or give another --out")
+    resume = None if args.resume is None else Path(args.resume or out / "last.pt")
+    if (out / "last.pt").exists() and not (resume and resume.resolve().parent == out.resolve()):
+        raise UserError(f"{out} already holds a run: continue that one with --resume, or give another --out")
     if args.data != "shapes":
         require_split(args.data, TRAIN)
     return recipe, out, resume, load_checkpoint(resume) if resume else None
 
 
-def prepare(args):
-    """Everything before the first step: a Run, new or resumed."""
+@contextlib.contextmanager
+def said_once():
+    """A UserError that all processes of a machine find is said by the first of them."""
     try:
-        recipe, out, resume, checkpoint = check_quickly(args)
+        yield
     except UserError:
-        if int(os.environ.get("RANK", 0)) > 0:  # rank 0 finds the same and says it
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
             raise SystemExit(2) from None
         raise
+
+
+def prepare(args):
+    """Everything before the first step: a Run, new or resumed."""
+    with said_once():
+        recipe, out, resume, checkpoint = check_quickly(args)
     place = start(args.device, args.amp)
-    recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, args.recompute, place), "devices": place.world}
+    with said_once():
+        recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, args.recompute, place), "devices": place.world}
     with first_of_machine_first(place):  # which writes the generated set, and the packed form of a large json
         train, val = load_splits(args, recipe, place)
 
@@ -693,15 +684,16 @@ def prepare(args):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = recipe["bn_momentum"]
     state = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0}
-    if checkpoint:
-        steps = recipe["epochs"] * math.ceil(len(train.ids) / recipe["batch_size"])
-        check_resume(checkpoint, recipe, train.categories, steps, resume, place.rank)
-        detector.load_state_dict(checkpoint["model"])
-        state = {name: checkpoint[name] for name in state}
-    elif args.weights:
-        note = load_weights(detector, args.weights, train.categories)
-        if place.rank == 0:
-            print(note)
+    with said_once():
+        if checkpoint:
+            steps = recipe["epochs"] * math.ceil(len(train.ids) / recipe["batch_size"])
+            check_resume(checkpoint, recipe, train.categories, steps, resume, place.rank)
+            detector.load_state_dict(checkpoint["model"])
+            state = {name: checkpoint[name] for name in state}
+        elif args.weights:
+            note = load_weights(detector, args.weights, train.categories)
+            if place.rank == 0:
+                print(note)
     place.move(detector)
     detector.backbone.recompute = args.recompute
     if place.world > 1 and place.device.type == "cuda":
@@ -711,16 +703,14 @@ def prepare(args):
     optimizer, scaler = make_optimizer(detector), make_scaler(place)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # it is empty where the run was not in float16 so far
+            scaler.load_state_dict(checkpoint["scaler"])
     model = detector
     if place.world > 1:
         devices = [place.device] if place.device.type == "cuda" else None
         model = DistributedDataParallel(detector, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-    workers = args.workers
-    if workers is None:
-        workers = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
-    parts = (train, val, detector, model, optimizer, scaler, state, args.tensorboard)
-    return Run(recipe, place, make_folder(out), workers, *parts)
+    parts = dict(train=train, val=val, detector=detector, model=model, optimizer=optimizer, scaler=scaler, state=state)
+    return Run(recipe, place, make_folder(out), args.workers, tensorboard=args.tensorboard, **parts)
 
 
 def main(argv=None):
@@ -728,7 +718,7 @@ def main(argv=None):
     if run.place.rank == 0:
         describe(run)
     began = time.perf_counter()
-    with memory_in_words(run.recipe, run.place):
+    with memory_in_words(run.recipe, run.detector.backbone.recompute, run.place):
         if run.place.device.type == "cuda":
             rehearse(run)
         finished = fit(run)

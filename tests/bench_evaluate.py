@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import evaluate  # noqa: E402
 import heads  # noqa: E402
-from data import load_annotations, paste_mask, resolve_root  # noqa: E402
+from data import load_annotations, resolve_root  # noqa: E402
 
 MASKS = 100
 SIZES = ((640, 480), (4000, 3000))  # width, height
@@ -41,7 +41,7 @@ def theirs(boxes, masks, width, height):
 
 
 def ours(boxes, masks, width, height):
-    return [paste_mask(mask, box, height, width) for mask, box in zip(masks, boxes)]
+    return [evaluate.paste_mask(mask, box, height, width) for mask, box in zip(masks, boxes)]
 
 
 def pasting(rounds):
@@ -63,7 +63,7 @@ def split(weights, root, limit):
     """The evaluation of a checkpoint, with the time that NMS takes of the model's."""
     checkpoint, place = evaluate.load_checkpoint(weights), evaluate.start()
     model = evaluate.load_model(checkpoint, place)
-    annotations = load_annotations(resolve_root(root), "val2017", model.masks).first_images(limit)
+    annotations = load_annotations(resolve_root(root), "val2017", model.masks).select(slice(limit))
     seconds = 0.0
 
     def timed(function):

@@ -139,6 +139,8 @@ CASES = {
     "image id of text": Case("image number 1 has id 'a', which is not an integer", change=first("images", 1, id="a")),
     "no width": Case("image id 0 has width None", change=first("images", width=None)),
     "no height": Case("image id 0 has no positive height", change=first("images", height=0)),
+    "file name that is no text": Case(
+        "image id 0 has the file_name .*ud800.jpg", change=first("images", file_name="\ud800.jpg")),
     "file name a number": Case("image id 0 has the file_name 7", change=first("images", file_name=7)),
     "xyxy taken for xywh": Case(r"101 of 101 .* broken.*annotation ids \[0, 1.*\[x, y, width, height\].*corners",
                                 change=every("annotations", bbox=[30, 20, 60, 45])),
@@ -221,6 +223,21 @@ def test_data_as_the_command_line_takes_it(name, tmp_path, capsys):
 
     assert code == case.code and re.search(case.says, heard), (code, printed, said)
     assert not code or heard == printed or said.count("error: ") == 1
+
+
+@pytest.mark.parametrize("flags", [("--size", 0), ("--show", -1), ("--jitter", 2, 1), ("--jitter", 0, 1)])
+def test_bad_arguments(flags, tmp_path, capsys):
+    """Oracle: by hand. One sentence and exit code 2."""
+    code, _, said = command(data.main, ["--data", write_coco(tmp_path / "set", [[BOX]]), *flags], capsys)
+    assert code == 2 and said.startswith("error: --size must be positive, --show not negative")
+
+
+def test_an_error_of_the_code_is_not_hidden():
+    """Oracle: torch's messages. A dead worker is a sentence; an error that the code raised in one stays what it is."""
+    with pytest.raises(SystemExit), data.one_sentence():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(RuntimeError, match="size mismatch"), data.one_sentence():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ... size mismatch")
 
 
 @pytest.mark.parametrize("name", ["json truncated", "unknown category", "xyxy taken for xywh", "an image missing"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import data
-from data import TRAIN, TestSet, TrainSet, UserError, load_annotations
+from data import TRAIN, EvalSet, TrainSet, UserError, load_annotations
 from evaluate import coco_metrics, coco_results, known_objects
 
 SCRIPT = Path(__file__).parents[1] / "data.py"
@@ -122,7 +122,7 @@ def use(root, masks):
     for n in range(len(annotations.ids)):
         try:
             sample = TrainSet(annotations, 128, (0.5, 2.0))[n]
-            test = TestSet(annotations, 128)[n]
+            test = EvalSet(annotations, 128)[n]
         except UserError as error:
             assert "image id" in str(error)
             return False

@@ -17,22 +17,28 @@ from torch import nn
 import evaluate as evaluation
 from data import (
     MASK_SIDE,
-    PALETTE,
     TRAIN,
     VAL,
     Annotations,
     Masks,
     TrainSet,
     UserError,
-    draw_objects,
     draw_view,
     inside_polygon,
     load_annotations,
     main,
-    paste_mask,
     run_lengths,
 )
-from evaluate import Place, coco_metrics, coco_results, evaluate, known_objects
+from evaluate import (
+    PALETTE,
+    Place,
+    coco_metrics,
+    coco_results,
+    draw_objects,
+    evaluate,
+    known_objects,
+    paste_mask,
+)
 
 CPU = Place(torch.device("cpu"))
 SIZE = 256
@@ -80,17 +86,16 @@ def test_packed_segmentations_equal_the_json(which, request):
     """Oracle: the json. Every object's polygons or run lengths come back, also from a selection; arrays of numbers."""
     root = request.getfixturevalue(which)
     a = load_annotations(root, masks=True)
-    assert all(isinstance(part, np.ndarray) and part.dtype.kind in "if" for part in a.masks)
+    assert all(isinstance(part, np.ndarray) and part.dtype.kind in "ifb" for part in a.masks)
     coco = COCO(root / "annotations" / f"instances_{TRAIN}.json")
     kinds = set()
     for part in (a, a.select([3, 4, 20, 49])):
-        k = 0
         for i, image_id in enumerate(part.ids.tolist()):
-            for o in coco.imgToAnns[image_id]:
-                assert part.masks.coco(k, int(part.heights[i]), int(part.widths[i])) == o["segmentation"]
+            theirs = coco.imgToAnns[image_id]
+            assert len(theirs) == np.diff(part.spans[i])
+            for m, o in zip(range(*part.spans[i]), theirs):
+                assert part.masks.coco(m, int(part.heights[i]), int(part.widths[i])) == o["segmentation"]
                 kinds.add(type(o["segmentation"]))
-                k += 1
-        assert k == len(part.boxes) == len(part.masks.first_run) - 1
     assert kinds == {list, dict}
 
 
@@ -101,7 +106,7 @@ def test_crops_of_run_lengths_equal_the_bitmap():
         code = coco_mask.encode(mask)
         counts = code["counts"].decode() if k % 2 else run_lengths(code["counts"]).tolist()
         corners = np.sort(np.random.default_rng(k).uniform(0, 1, (2, 2)), axis=0) * [width, height]
-        found = Masks.pack([[], {"size": [height, width], "counts": counts}]).crop(1, corners.ravel(), height)
+        found = Masks.from_coco([[], {"size": [height, width], "counts": counts}]).crop(1, corners.ravel(), height)
         x, y = (corners[0] + (np.arange(MASK_SIDE)[:, None] + 0.5) / MASK_SIDE * (corners[1] - corners[0])).T.astype(
             int
         )
@@ -113,7 +118,7 @@ def test_an_object_of_several_polygons_is_their_union():
     """Oracle: by hand. Two overlapping squares and one apart: overlap is not a hole."""
     square = np.array([0.0, 0, 4, 0, 4, 4, 0, 4])
     parts = [square.tolist(), (square + 2).tolist(), (square + [8, 0] * 4).tolist()]
-    masks = Masks.pack([parts])
+    masks = Masks.from_coco([parts])
     found = masks.crop(0, np.array([0.0, 0, 14, 14]), 14).reshape(14, 8, 14, 8)
     expected = np.zeros((14, 14))
     expected[:4, :4] = expected[2:6, 2:6] = expected[:4, 8:12] = 1
@@ -288,10 +293,10 @@ def large_image():
         "labels": torch.zeros(100, dtype=torch.int64),
         "masks": torch.from_numpy(rng.uniform(0, 1, (100, 28, 28))).float(),
     }
-    image = {"ids": [7], "files": [b"x"], "heights": [3000], "widths": [4000], "first": [0, 1]}
+    image = {"ids": [7], "files": [b"x"], "heights": [3000], "widths": [4000], "spans": [[0, 1]]}
     objects = {"boxes": [[0.0, 0, 9, 9]], "labels": [0], "crowd": [False], "area": [81.0]}
     fields = {name: np.array(value) for name, value in (image | objects).items()}
-    a = Annotations("", [(1, "a")], **fields, masks=Masks.pack([[[0, 0, 9, 0, 9, 9, 0, 9]]]))
+    a = Annotations("", [(1, "a")], **fields, masks=Masks.from_coco([[[0, 0, 9, 0, 9, 9, 0, 9]]]))
     before = peak()
     found = evaluation.to_original(found, 4000, 3000, 1280).pasted(3000, 4000)
     coco_metrics(a, coco_results({0: found}, a, a.categories))
@@ -363,7 +368,7 @@ def test_unsound_masks_are_dropped_where_masks_are_needed(case, coco_sample, tmp
     (tmp_path / TRAIN).symlink_to(coco_sample / TRAIN)
     assert load_annotations(tmp_path).broken == ()
     a = load_annotations(tmp_path, masks=True)
-    assert a.broken == (bad["id"],) and len(a.masks.first_run) == len(a.boxes) + 1 == len(content["annotations"])
+    assert a.broken == (bad["id"],) and len(a.masks.rle) == len(a.boxes) == len(content["annotations"]) - 1
 
 
 def test_masks_flip_with_the_image(shapes):

@@ -71,7 +71,7 @@ def test_the_memory_table():
     assert len(rows) == 11
     for head, arch, size, *numbers in rows:
         head = {"RetinaNet": "retinanet", "Mask R-CNN": "mask_rcnn"}[head]
-        own, fixed, each = train.MEMORY[head, arch, "relu"]
+        own, fixed, each = train.MEMORY[head, arch]
         for k, per_image in enumerate(each):
             per_image *= (int(size) / own) ** 2
             gigabytes, small, large = numbers[3 * k : 3 * k + 3]

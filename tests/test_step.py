@@ -5,6 +5,7 @@ import copy
 import bench_step
 import pytest
 import torch
+from torch import nn
 
 import heads
 import train
@@ -22,6 +23,14 @@ def batch_of(images, size=128):
             targets["labels"][i, k] = k
     targets["masks"] = torch.ones(images, 100, 112, 112, dtype=torch.uint8)
     return pixels, targets
+
+
+def fixed_statistics(detector):
+    """The detector with batch norm as in evaluation."""
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return detector
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -70,24 +79,27 @@ def test_the_account_equals_a_real_step(head):
     assert set(losses) and bench_step.heads.make_anchors((128, 128), 3).device.type == "cpu"
 
 
-ACCOUNTED = [("retinanet", "tiny", "relu"), ("mask_rcnn", "tiny", "swish"), ("retinanet", "49", "relu")]
-
-
-@pytest.mark.parametrize("head, arch, activation", ACCOUNTED)
-def test_the_memory_table_is_the_account(head, arch, activation):
+@pytest.mark.parametrize("head, arch", [("retinanet", "tiny"), ("mask_rcnn", "tiny"), ("retinanet", "49")])
+def test_the_memory_table_is_the_account(head, arch):
     """Oracle: tests/bench_step.py's account. What the default micro-batch is computed from is what it says."""
-    size, fixed, each = train.MEMORY[head, arch, activation]
+    size, fixed, each = train.MEMORY[head, arch]
     for recompute, expected in zip(train.RECOMPUTE, each):
-        found = bench_step.account(head, arch, size, activation, recompute)
-        assert found[0] / 1e9 == pytest.approx(expected, abs=0.0006) and found[1] / 1e9 == pytest.approx(
-            fixed, abs=0.006
-        )
+        per_image, whatever = bench_step.account(head, arch, size, "relu", recompute)
+        assert per_image / 1e9 == pytest.approx(expected, abs=0.0006)
+        assert whatever / 1e9 == pytest.approx(fixed, abs=0.006)
+
+
+@pytest.mark.parametrize("arch", ["tiny", "190"])
+def test_swish_needs_no_more_than_planned(arch):
+    """Oracle: tests/bench_step.py's account with swish, of the arch that it costs least and the one it costs most."""
+    size, _, each = train.MEMORY["mask_rcnn", arch]
+    per_image, _ = bench_step.account("mask_rcnn", arch, size, "swish", 0)
+    assert 0.8 < per_image / 1e9 / (train.SWISH * each[0]) <= 1
 
 
 def test_the_memory_table_is_whole():
-    """Oracle: the archs, the heads and the protocols' activations."""
-    activations = {protocol.activation for protocol in train.PROTOCOLS.values()}
-    assert set(train.MEMORY) == {(h, a, x) for h in HEADS for a in ARCHS for x in activations}
+    """Oracle: the archs and the heads."""
+    assert set(train.MEMORY) == {(h, a) for h in HEADS for a in ARCHS}
 
 
 @pytest.mark.parametrize(
@@ -115,24 +127,32 @@ def test_the_memory_table_is_whole():
 def test_the_usual_batches_fit(head, arch, size, images, capacity, recompute):
     """Oracle: the batches that filled 32 GB in float32 in an earlier re-implementation. Under autocast RetinaNet's fit
     16 GB, and twice them 32; Mask R-CNN's fit 32 GB, and half of them 16: by account, 14 and 28 GB of it."""
-    own, fixed, each = train.MEMORY[head, arch, "relu"]
+    own, fixed, each = train.MEMORY[head, arch]
     needed = fixed + images * each[train.RECOMPUTE.index(recompute)] * (size / own) ** 2
     assert needed <= train.PLANNED * capacity
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_bfloat16_agrees_with_float32(head, monkeypatch):
-    """Oracle: the same losses in float32, from the same proposals. Under autocast they agree within 2 %, the RPN's
-    small box loss within 0.001, are float32 themselves, and every gradient is finite and float32."""
+    """Oracle: the same losses in float32, from the same proposals. Under autocast they agree within 1 %, are float32
+    themselves, and every gradient is finite and float32.
+
+    Batch norm's statistics are fixed: over those of the batch an untrained network is chaotic, and rounding to bfloat16
+    changes P3 by three quarters of its standard deviation (1 % in a trained network).
+    """
     torch.manual_seed(0)
-    boxes = batch_of(4)[1]["boxes"][:, :1] + torch.rand(4, 600, 4) * 16  # enough foreground, so that no RoI is padding
-    monkeypatch.setattr(heads, "propose", lambda *inputs: list(boxes.clamp(0, 128)))
-    detector = build_model("tiny", head, 3).train()
-    expected = detector(*batch_of(4))
+    images, targets = batch_of(4)
+    corners = torch.rand(4, 60, 2) * 80
+    targets["boxes"][:, :60] = torch.cat((corners, corners + 8 + torch.rand(4, 60, 2) * 40), dim=2)
+    targets["labels"][:, :60] = torch.arange(60) % 3
+    near = targets["boxes"][:, :60].repeat(1, 10, 1) + torch.rand(4, 600, 4) * 8  # no RoI is padding
+    monkeypatch.setattr(heads, "propose", lambda *inputs: list(near.clamp(0, 128)))
+    detector = fixed_statistics(build_model("tiny", head, 3).train())
+    expected = detector(images, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        found = detector(*batch_of(4))
+        found = detector(images, targets)
     for name, value in expected.items():
         assert found[name].dtype == torch.float32
-        assert found[name].item() == pytest.approx(value.item(), rel=0.02, abs=0.001)
+        assert found[name].item() == pytest.approx(value.item(), rel=0.01)
     sum(found.values()).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in detector.parameters())

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -391,12 +392,31 @@ def test_an_existing_run_is_not_overwritten(run, shapes):
     before = (run / "last.pt").read_bytes()
     with pytest.raises(UserError, match="already holds a run.*--resume"):
         main([*TINY, "--data", str(shapes), "--out", str(run)])
+    other = run / "other" / "last.pt"
+    other.parent.mkdir()
+    shutil.copy(run / "last.pt", other)
+    with pytest.raises(UserError, match="already holds a run.*--resume"):
+        main([*TINY, "--data", str(shapes), "--out", str(run), "--resume", str(other)])
     assert (run / "last.pt").read_bytes() == before
+
+
+def test_resume_in_another_precision(run, shapes, monkeypatch):
+    """Oracle: by hand. A run that had no gradient scaler goes on with one, and the other way round."""
+    args = parse_args([*TINY, "--data", str(shapes), "--out", str(run), "--resume", "--workers", "0"])
+    monkeypatch.setattr(train, "make_scaler", lambda place: torch.amp.GradScaler("cpu", enabled=True))
+    began = train.prepare(args).scaler.get_scale()
+    scaled = torch.load(run / "last.pt") | {"scaler": torch.amp.GradScaler("cpu", init_scale=4.0).state_dict()}
+    monkeypatch.setattr(train, "load_checkpoint", lambda path: scaled)
+    assert began == 2.0**16 and train.prepare(args).scaler.get_scale() == 4
+    monkeypatch.undo()
+    assert train.prepare(args).state["step"] == 4
+    monkeypatch.setattr(train, "load_checkpoint", lambda path: scaled)
+    assert not train.prepare(args).scaler.is_enabled()
 
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--arch", "49S"], r"another arch \(tiny, not 49S\)"), (["--size", "256"], r"another size \(128, not 256\)")],
+    [(["--arch", "49S"], r"arch differs \(tiny, not 49S\)"), (["--size", "256"], r"size differs \(128, not 256\)")],
 )
 def test_resume_as_another_model_is_refused(flags, message, run, shapes):
     """Oracle: by hand. The sentence says what differs and offers --weights."""
@@ -484,12 +504,15 @@ def test_a_rehearsal_leaves_no_trace(head, shapes, tmp_path):
 def test_out_of_memory_in_words():
     """Oracle: by hand. The sentence names the micro-batch and the next smaller one that divides; others pass."""
     recipe = recipe_of("--batch-size", 24) | {"micro_batch": 6}
-    with pytest.raises(UserError, match="--micro-batch 6 of --size 640 .* GiB were in use .*try --micro-batch 4"):
-        with train.memory_in_words(recipe, CPU):
+    with pytest.raises(
+        UserError, match="--micro-batch 6 of --size 640 .* GiB were in use .*try --micro-batch 4, --recompute 7, or"
+    ):
+        with train.memory_in_words(recipe, 0, CPU):
             raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(UserError, match="smaller --size"), train.memory_in_words(recipe | {"micro_batch": 1}, CPU):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="something else"), train.memory_in_words(recipe, CPU):
+    with pytest.raises(UserError, match="try or a smaller --size"):
+        with train.memory_in_words(recipe | {"micro_batch": 1}, 7, CPU):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="something else"), train.memory_in_words(recipe, 0, CPU):
         raise RuntimeError("something else")
 
 
@@ -544,7 +567,7 @@ def test_weights_of_other_classes(run, shapes, tmp_path, capsys):
     main([*flags, "--weights", str(run / "best.pt"), "--out", str(tmp_path / "new")])
     out = capsys.readouterr().out
     assert "new: ['head.class_predict.weight', 'head.class_predict.bias']" in out and "evaluated 4/4 images" in out
-    with pytest.raises(UserError, match="another classes"):
+    with pytest.raises(UserError, match="classes differs"):
         main([*flags, "--resume", str(run / "last.pt"), "--out", str(tmp_path / "no")])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "cut.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
@@ -576,7 +599,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="No space left on device.*the one before is intact"):
+    with pytest.raises(UserError, match="No space left on device.*what it held before is intact"):
         save(tmp_path / "last.pt", {"step": 2})
     assert torch.load(tmp_path / "last.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
 
