@@ -14,6 +14,7 @@ import argparse
 import collections
 import colorsys
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -179,8 +180,8 @@ def read_image(path, what):
     except Exception as error:  # PIL raises many kinds for a bad file
         reason = str(error).replace("\n", " ") or type(error).__name__
         raise UserError(
-            f"cannot decode {path} ({what}): {reason}; replace the file, or list all bad ones with "
-            "python data.py --data FOLDER --check"
+            f"cannot decode {path} ({what}): {reason}; replace the file (python data.py --data FOLDER --check lists "
+            "all bad ones of a data set)"
         ) from None
 
 
@@ -302,27 +303,31 @@ class UserError(Exception):
 
 
 def make_folder(path):
-    """Make a folder for output, and its parents; a UserError where that can't be."""
+    """Make a folder for output, and its parents; a UserError where that, or writing there, can't be."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f"--out {path} can't be made ({error.strerror}); give another folder") from None
+        raise UserError(f"the folder {path} can't be made or written ({error.strerror}); give another --out") from None
     return Path(path)
 
 
 @contextlib.contextmanager
 def one_sentence():
-    """Every script's main runs inside: a UserError, or a dead data worker, ends it with a sentence and exit code 2."""
+    """What uses data runs inside: a UserError, a dead data worker or a full device is one sentence and exit code 2."""
     try:
         yield
     except UserError as error:
         # A DataLoader worker puts its traceback before the sentence, which follows the exception's name.
         sentence = str(error).rpartition("UserError: ")[2].strip()
+    except torch.OutOfMemoryError as error:
+        sentence = f"{str(error).splitlines()[0]} Free the device, or use a smaller --micro-batch"
     except RuntimeError as error:  # a dead worker's is raised by a signal, wherever the main process then is
         if "DataLoader worker (pid" not in str(error):
             raise
         reason = str(error).splitlines()[0].strip()
-        sentence = f"{reason} Most often memory ran out, the machine's or /dev/shm: use fewer --workers, and --resume"
+        sentence = f"{reason} Most often memory ran out, the machine's or /dev/shm: use fewer --workers"
     else:
         return
     print(f"error: {sentence}", file=sys.stderr, flush=True)
@@ -358,7 +363,8 @@ def require_split(root, split):
 def load_annotations(root, split=TRAIN, masks=False):
     """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
 
-    With `masks`, segmentations are kept, and an object without one is broken. A large json is parsed only once.
+    With `masks`, segmentations are kept, and an object without one is broken. A large json is parsed only once
+    with them and once without.
     Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
     is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
     """
@@ -421,7 +427,7 @@ def read_coco(path):
     try:
         content = json.loads(path.read_bytes())
         parts = [content[key] for key in keys]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a COCO annotation file ({type(error).__name__}: {error}): it must be an object with the "
             "lists images, annotations and categories; download or export it again"
@@ -800,8 +806,8 @@ def write_shapes(root):
     draft = Path(f"{root}.{uuid.uuid4().hex}.tmp")
     for s, (split, count) in enumerate(SHAPES["images"].items()):
         path, folder = split_paths(draft, split)
-        folder.mkdir(parents=True)
-        path.parent.mkdir(exist_ok=True)
+        make_folder(folder)
+        make_folder(path.parent)
         images, annotations = [], []
         for k in range(count):
             scene, objects = random_scene(np.random.default_rng((0, s, k)))
@@ -861,7 +867,7 @@ def main(argv=None):
     add("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar=("LOW", "HIGH"))
     add("--out", type=Path, default=Path("runs/show"), help="where --show writes (default runs/show)")
     args = parser.parse_args(argv)
-    if args.size <= 0 or args.show < 0 or not 0 < args.jitter[0] <= args.jitter[1]:
+    if args.size <= 0 or args.show < 0 or not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
         raise UserError("--size must be positive, --show not negative, and --jitter 0 < LOW <= HIGH")
 
     annotations = load_annotations(resolve_root(args.data), args.split, args.masks)

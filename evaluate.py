@@ -65,9 +65,13 @@ class Place(NamedTuple):
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
     def memory(self):
-        """GB of the device; 16 are assumed where it doesn't say."""
+        """GB of the smallest device of all ranks; 16 are assumed where it doesn't say."""
         cuda = self.device.type == "cuda"
-        return torch.cuda.get_device_properties(self.device).total_memory / 1e9 if cuda else 16
+        bytes_ = torch.cuda.get_device_properties(self.device).total_memory if cuda else 16e9
+        smallest = torch.tensor(bytes_ / 1e9, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return smallest.item()
 
     def move(self, value):
         """A module or a batch of images to the device, channels last but in float32 on CUDA, where that is slower."""
@@ -314,10 +318,13 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
         print(f"evaluated {len(seen)}/{len(annotations.ids)} images")
         found = {i: value for part in parts for i, value in part.items()}
         results = coco_results(found, annotations, categories or annotations.categories)
-        if out is not None:
-            Path(out, "results.json").write_text(json.dumps(results))
         metrics = [coco_metrics(annotations, results, per_class)]
         watch.lap("COCOeval")
+        if out is not None:
+            try:
+                Path(out, "results.json").write_text(json.dumps(results))
+            except OSError as error:
+                raise UserError(f"could not write {out}/results.json ({error.strerror}); make room") from None
         print(f"evaluation took {watch}")
     if place.world > 1:
         dist.broadcast_object_list(metrics, device=place.device)
@@ -448,7 +455,8 @@ def predict(model, source, out, categories, size, place, score):
     """Detect on the image `source`, or on every image in that folder; write pictures and predictions.json to out."""
     files = [source]
     if source.is_dir():
-        files = sorted(p for p in source.iterdir() if p.suffix.lower() in Image.registered_extensions())
+        kinds = Image.registered_extensions()
+        files = sorted(p for p in source.iterdir() if kinds.get(p.suffix.lower()) in Image.OPEN)
     if not files or not files[0].is_file():
         raise UserError(f"--images {source}: no image there")
     names, rows = dict(categories), []

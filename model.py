@@ -412,8 +412,11 @@ def main(argv=None):
     parser.add_argument("--arch", default="49", choices=ARCHS, help="of --draw (default 49)")
     args = parser.parse_args(argv)
     if args.draw:
-        with open(args.draw, "w") as file:
-            file.write(draw(ARCHS[args.arch]))
+        try:
+            with open(args.draw, "w") as file:
+                file.write(draw(ARCHS[args.arch]))
+        except OSError as error:
+            parser.error(f"--draw {args.draw} can't be written ({error.strerror})")
         print(f"wrote {args.draw}")
         return
     for head, published in PUBLISHED.items():

@@ -262,7 +262,7 @@ def resolve(args):
     for name in ("size", "batch_size", "epochs", "lr", "eval_every"):
         if not recipe[name] > 0:
             raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
-    if not 0 < recipe["jitter"][0] <= recipe["jitter"][1]:
+    if not 0 < recipe["jitter"][0] <= recipe["jitter"][1] < math.inf:
         raise UserError(f"--jitter {recipe['jitter']}: give LOW and HIGH with 0 < LOW <= HIGH")
     try:
         check_size(recipe["size"], recipe["size"])
@@ -296,14 +296,13 @@ def split_batch(recipe, micro_batch, recompute, place):
 def load_splits(args, recipe, place):
     """(annotations to train on, annotations to evaluate on)."""
     root, masks = resolve_root(args.data), HEADS[recipe["head"]].masks
-    train = load_annotations(root, TRAIN, masks)
+    train = load_annotations(root, TRAIN, masks).select(slice(recipe["limit"]))
     if recipe["overfit"]:
         chosen = np.flatnonzero(train.positives())[: recipe["overfit"]]
         if len(chosen) < recipe["overfit"]:
             raise UserError(f"--overfit {recipe['overfit']}: only {len(chosen)} images of {root} have an object")
         train = train.select(chosen)
         return train, train
-    train = train.select(slice(recipe["limit"]))
     val_json = split_paths(root, VAL)[0]
     if not val_json.exists():
         if place.rank == 0:
@@ -649,7 +648,7 @@ def check_quickly(args):
     if args.resume is not None and args.weights:
         raise UserError("--resume goes on with its own weights: leave out --weights")
     resume = None if args.resume is None else Path(args.resume or out / "last.pt")
-    if (out / "last.pt").exists() and not (resume and resume.resolve().parent == out.resolve()):
+    if (out / "last.pt").exists() and not (resume and resume.parent.resolve() == out.resolve()):
         raise UserError(f"{out} already holds a run: continue that one with --resume, or give another --out")
     if args.data != "shapes":
         require_split(args.data, TRAIN)
@@ -663,6 +662,7 @@ def said_once():
         yield
     except UserError:
         if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            time.sleep(5)  # torchrun ends all processes at the first one's end
             raise SystemExit(2) from None
         raise
 

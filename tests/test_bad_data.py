@@ -8,6 +8,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from test_data import write_coco
@@ -225,6 +226,13 @@ def test_data_as_the_command_line_takes_it(name, tmp_path, capsys):
     assert not code or heard == printed or said.count("error: ") == 1
 
 
+def test_a_folder_that_can_not_be_written(tmp_path, monkeypatch):
+    """Oracle: by hand. It is refused before anything slow."""
+    monkeypatch.setattr(data.os, "access", lambda path, mode: False)
+    with pytest.raises(data.UserError, match="can't be made or written .Permission denied.; give another --out"):
+        data.make_folder(tmp_path / "out")
+
+
 @pytest.mark.parametrize("flags", [("--size", 0), ("--show", -1), ("--jitter", 2, 1), ("--jitter", 0, 1)])
 def test_bad_arguments(flags, tmp_path, capsys):
     """Oracle: by hand. One sentence and exit code 2."""
@@ -232,10 +240,14 @@ def test_bad_arguments(flags, tmp_path, capsys):
     assert code == 2 and said.startswith("error: --size must be positive, --show not negative")
 
 
-def test_an_error_of_the_code_is_not_hidden():
-    """Oracle: torch's messages. A dead worker is a sentence; an error that the code raised in one stays what it is."""
+def test_an_error_of_the_code_is_not_hidden(capsys):
+    """Oracle: torch's messages. A dead worker and a full device are sentences; an error that the code raised
+    in a worker stays what it is."""
     with pytest.raises(SystemExit), data.one_sentence():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(SystemExit), data.one_sentence():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    assert "2 GiB. Free the device, or use a smaller --micro-batch" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="size mismatch"), data.one_sentence():
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ... size mismatch")
 

@@ -415,6 +415,13 @@ def test_table_of_the_command_line(capsys):
     assert "tiny" in out
 
 
+def test_picture_that_can_not_be_written(tmp_path, capsys):
+    """Oracle: by hand. One sentence and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        model.main(["--draw", str(tmp_path / "missing" / "a.svg")])
+    assert stop.value.code == 2 and "a.svg can't be written (No such file or directory)" in capsys.readouterr().err
+
+
 def test_picture_of_the_network(tmp_path, capsys):
     """Oracle: the table. The SVG is well-formed XML with a box per block, a line per parent and a mark per output."""
     for name, arch in (("49", ARCHS["49"]), ("143", ARCHS["143"])):

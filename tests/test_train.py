@@ -137,7 +137,9 @@ def test_batch_is_split_the_same_everywhere():
         (["--weights", "gone.pt"], "no checkpoint at gone.pt"),
         (["--amp", "fp16"], "--amp fp16 needs a CUDA device"),
         (["--limit", "0"], "--limit is 0"),
-        (["--out", __file__ + "/out"], "--out .*test_train.py/out can't be made"),
+        (["--out", __file__ + "/out"], "the folder .*test_train.py/out can't be made"),
+        (["--jitter", "1", "inf"], "--jitter"),
+        (["--overfit", "-3"], "--overfit is -3"),
     ],
 )
 def test_bad_arguments(flags, message, shapes, tmp_path):
@@ -302,19 +304,27 @@ def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank,
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("accumulate, empty_rank", [(1, None), (2, None), (1, 1)])
 def test_two_processes_equal_one(accumulate, empty_rank, head, shapes, tmp_path):
-    """Oracle: a single process with twice the micro-batch. Parameters and losses after 3 steps agree, with accumulation
-    on both sides, too, and where one rank has only images without objects (batch norm in evaluation mode; Mask R-CNN's
-    proposals given)."""
+    """Oracle: a single process with twice the micro-batch. What 3 steps change of the parameters agrees, and the
+    losses do, with accumulation on both sides, too, and where one rank has only images without objects (batch norm in
+    evaluation mode; Mask R-CNN's proposals given)."""
     for world, micro in ((1, 4), (2, 2)):
         arguments = (world, micro, accumulate, shapes, tmp_path, empty_rank, False, head)
         mp.spawn(steps_in_a_process, args=arguments, nprocs=world)
     (one, one_losses), (two, two_losses) = (torch.load(tmp_path / name) for name in ("1_4.pt", "2_2.pt"))
     torch.manual_seed(0)
     start = new_model(head).state_dict()
-    moved = max((one[k] - start[k]).abs().max().item() for k in one if one[k].is_floating_point())
-    assert moved > 1e-2
-    atol = {"retinanet": 1e-6, "mask_rcnn": 5e-6}[head]
-    assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=atol) for k in one)
+    moved = {
+        k: (v - start[k]).double() for k, v in one.items() if v.is_floating_point() and not torch.equal(v, start[k])
+    }
+    apart = {k: (two[k] - one[k]).double() for k in moved}
+    assert len(moved) > 200 and max(v.abs().max() for v in moved.values()) > 1e-2
+
+    def norm(parts):
+        return torch.cat([v.flatten() for v in parts]).norm().item()
+
+    # Rounding can turn a ReLU that is as good as 0, and with it some gradients of one layer.
+    assert norm(apart.values()) <= 1e-3 * norm(moved.values())
+    assert all(norm([apart[k]]) <= 0.02 * norm([moved[k]]) for k in moved)
     assert two_losses == pytest.approx(one_losses, rel=1e-5)
 
 
@@ -398,6 +408,21 @@ def test_an_existing_run_is_not_overwritten(run, shapes):
     with pytest.raises(UserError, match="already holds a run.*--resume"):
         main([*TINY, "--data", str(shapes), "--out", str(run), "--resume", str(other)])
     assert (run / "last.pt").read_bytes() == before
+
+
+def test_resume_of_a_linked_checkpoint(run, shapes, tmp_path):
+    """Oracle: by hand. last.pt may be a link to another disk."""
+    (tmp_path / "last.pt").symlink_to(run / "last.pt")
+    assert train.prepare(parse_args([*TINY, "--data", str(shapes), "--out", str(tmp_path), "--resume"])).out == tmp_path
+
+
+def test_overfit_within_a_limit(shapes):
+    """Oracle: by hand. --limit counts first."""
+    args = parse_args([*TINY, "--data", str(shapes), "--overfit", "2", "--limit", "3"])
+    assert len(train.load_splits(args, resolve(args), CPU)[0].ids) == 2
+    args.overfit = 5
+    with pytest.raises(UserError, match="only 3 images"):
+        train.load_splits(args, resolve(args), CPU)
 
 
 def test_resume_in_another_precision(run, shapes, monkeypatch):
