@@ -1,7 +1,7 @@
 """What is the recipe, and the loop? Protocols, learning rate, checkpoints, one loop for 1 CPU to N GPUs.
 
-In this order: the tables of the recipe; `lr_at`; one optimizer step, `train_step`; arguments become a recipe,
-`resolve` and `split_batch`; a Run, its log and its progress; the loop, `fit`; what comes before it, `prepare`.
+Read on to `fit`: the tables of the recipe, the learning rate, one optimizer step, and the loop. What these stand on
+follows, to be looked up: checkpoints and log, how arguments become a recipe, what comes before the first step.
 
 Dimensions: B images of a micro-batch on one rank; an optimizer step sees ranks x B x accumulation images.
 
@@ -195,123 +195,7 @@ def read_step(means, norm, stop, place):
     return dict(zip(means, losses)), norm, stop > 0
 
 
-def save(path, checkpoint):
-    """Write a checkpoint so that at every moment `path` is whole: the old one or the new one."""
-    draft = path.with_suffix(".tmp")
-    try:
-        with open(draft, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:
-        draft.unlink(missing_ok=True)
-        raise UserError(
-            f"could not write {path} ({error}); what it held before is intact: make room and --resume"
-        ) from None
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train SpineNet on COCO, or on anything in COCO's layout.")
-    add = parser.add_argument
-    add("--arch", default="49", choices=ARCHS)
-    add("--size", type=int, default=640, help=f"side of the square input, a multiple of {MULTIPLE} (default 640)")
-    add("--protocol", default="B", choices=PROTOCOLS, help="the recipe's row; the flags below change one field of it")
-    add("--head", default="retinanet", choices=HEADS)
-    add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
-    add("--out", type=Path, help="folder of the run (default runs/ARCH_SIZE_PROTOCOL_HEAD)")
-    add("--batch-size", type=int, help="global batch: images per optimizer step over all devices")
-    add("--micro-batch", type=int, help="images per device at once; divides batch size / devices")
-    add("--epochs", type=int)
-    add("--lr", type=float, help="learning rate per 256 images of the global batch")
-    add("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scale jitter's range")
-    add("--eval-every", type=int, help="epochs between evaluations")
-    share = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
-    add("--workers", type=int, default=share, help="data processes per device (default: its share of the cores, to 8)")
-    add("--seed", type=int, default=0)
-    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
-    add("--amp", choices=AMP, default="auto", help="auto: by compute capability, off on a CPU")
-    recompute = "save memory: compute blocks up to this level again in backward; 2 is cheap, 7 saves most"
-    add("--recompute", type=int, default=0, choices=RECOMPUTE, metavar="LEVEL", help=recompute)
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--tensorboard", action="store_true", help="write curves and pictures for tensorboard into --out, too")
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
-    add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
-    add("--overfit", type=int, metavar="N", help="train and evaluate on the first N images with objects, as they are")
-    add("--limit", type=int, metavar="N", help="the first N images of every split")
-    return parser.parse_args(argv)
-
-
-def resolve(args):
-    """The recipe as a plain dict: the protocol's row, the head's, their exception for an arch, --overfit, the flags."""
-    fields = dataclasses.asdict(PROTOCOLS[args.protocol])
-    fields |= HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
-    if args.overfit:
-        fields |= OVERFIT | {"batch_size": args.overfit}
-    # A recipe has no fields that only another head knows, such as RoI counts.
-    others = {name for head in HEADS.values() for name in head.options} - set(HEADS[args.head].options)
-    fields = {name: value for name, value in fields.items() if name not in others}
-    flags = ("batch_size", "epochs", "lr", "jitter", "eval_every")
-    fields |= {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
-    kept = ("arch", "size", "protocol", "head", "seed", "overfit", "limit")
-    recipe = {name: getattr(args, name) for name in kept} | fields | {"jitter": list(fields["jitter"])}
-    for name, low in (("overfit", 1), ("limit", 1), ("seed", 0), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name} is {value}, but must be at least {low}")
-    for name in ("size", "batch_size", "epochs", "lr", "eval_every"):
-        if not recipe[name] > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
-    if not 0 < recipe["jitter"][0] <= recipe["jitter"][1] < math.inf:
-        raise UserError(f"--jitter {recipe['jitter']}: give LOW and HIGH with 0 < LOW <= HIGH")
-    try:
-        check_size(recipe["size"], recipe["size"])
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from None
-    return recipe
-
-
-def split_batch(recipe, micro_batch, recompute, place):
-    """Images per micro-batch of one rank; what doesn't divide is refused. Departure: batch norm sees devices x this."""
-    share, rest = divmod(recipe["batch_size"], place.world)
-    if rest:
-        raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
-    if micro_batch is None:
-        size, fixed, each = MEMORY[recipe["head"], recipe["arch"]]
-        each = each[RECOMPUTE.index(recompute)] * (recipe["size"] / size) ** 2 * (1 if place.amp else 2)
-        each *= SWISH if recipe["activation"] == "swish" or recipe["drop_rate"] else 1
-        fits = max(int((PLANNED * place.memory() - fixed) / each), 1)
-        micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)
-    if micro_batch <= 0 or share % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch} must divide {share}, which is --batch-size / devices")
-    synchronized = place.world if place.device.type == "cuda" else 1
-    if (recipe["size"] // MULTIPLE) ** 2 * micro_batch * synchronized == 1:
-        raise UserError(
-            f"--size {recipe['size']} with --micro-batch 1 leaves batch norm a single value per channel on P7; use a "
-            "micro-batch of 2 or a larger size"
-        )
-    return micro_batch
-
-
-def load_splits(args, recipe, place):
-    """(annotations to train on, annotations to evaluate on)."""
-    root, masks = resolve_root(args.data), HEADS[recipe["head"]].masks
-    train = load_annotations(root, TRAIN, masks).select(slice(recipe["limit"]))
-    if recipe["overfit"]:
-        chosen = np.flatnonzero(train.positives())[: recipe["overfit"]]
-        if len(chosen) < recipe["overfit"]:
-            raise UserError(f"--overfit {recipe['overfit']}: only {len(chosen)} images of {root} have an object")
-        train = train.select(chosen)
-        return train, train
-    val_json = split_paths(root, VAL)[0]
-    if not val_json.exists():
-        if place.rank == 0:
-            print(f"{val_json} not found: evaluating on {TRAIN}")
-        return train, train
-    val = load_annotations(root, VAL, masks)
-    if val.categories != train.categories:
-        raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
-    return train, val.select(slice(recipe["limit"]))
+# The loop.
 
 
 @dataclass
@@ -346,61 +230,114 @@ class Run:
         return self.recipe["batch_size"] // self.recipe["micro_batch"] // self.recipe["devices"]
 
 
-def describe(run):
-    """Print everything the run is about to do."""
-    recipe, place = run.recipe, run.place
-    peak, first_lr, warmup, first, second, total = schedule(
-        recipe["epochs"], run.steps_per_epoch, recipe["batch_size"], recipe["lr"]
-    )
-    precision = str(place.amp or torch.float32).removeprefix("torch.")
-    parameters = sum(p.numel() for p in run.detector.parameters())
-    print("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None))
-    print(f"train: {run.train.summary()}")
-    print(f"evaluate: {'the same images' if run.val is run.train else run.val.summary()}")
-    print(
-        f"batch: {recipe['batch_size']} = {place.world} device(s) x {recipe['micro_batch']} images x {run.accumulate} "
-        f"micro-steps on {place.device.type}, {precision}; {parameters:,} parameters"
-    )
-    print(
-        f"learning rate: {recipe['lr']} x {recipe['batch_size']} / {LR_BATCH} = {peak:.5g}, after a warm-up from "
-        f"{first_lr:.3g} over {warmup:.0f} steps; / 10 at step {first}, / 100 at {second} of {total} "
-        f"({recipe['epochs']} epochs of {run.steps_per_epoch})"
-    )
-    resuming = f", resuming at step {run.state['step']}" if run.state["step"] else ""
-    print(f"writing to {run.out}{resuming}", flush=True)
+def fit(run):
+    """The loop: from the run's step to the last, or until a signal asks to stop. Returns whether it came to the end.
 
+    last.pt is written at every epoch, before and after every evaluation, and at least every 15 minutes.
+    """
+    recipe, place, state = run.recipe, run.place, run.state
+    batch_size, per_epoch, seed = recipe["batch_size"], run.steps_per_epoch, recipe["seed"]
+    total = recipe["epochs"] * per_epoch
+    order = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
+    waits = []
+    batches = timed(iter(make_loader(run.samples, order, run.workers, place.device.type == "cuda")), waits)
+    log = Log(run.out / "log.jsonl", place, state, run.tensorboard)
+    stop, saved = Stop(), time.monotonic()
+    report = Report(run, total)
+    run.model.train()
+    while True:
+        step = state["step"]
+        due = step == total or (step > 0 and step % (per_epoch * recipe["eval_every"]) == 0)
+        if due and state["evaluated"] < step:
+            evaluate_now(run, log)
+        if step == total:
+            return True
 
-def load_weights(detector, path, categories):
-    """Take from a checkpoint every tensor whose name and shape fit; the class layers only if the classes agree."""
-    checkpoint = load_checkpoint(path)
-    own, given = detector.state_dict(), checkpoint["model"]
-    if [tuple(c) for c in checkpoint["categories"]] != categories:
-        given = {name: value for name, value in given.items() if not name.startswith(detector.class_layers)}
-    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-    new = [name for name in own if name not in fits]
-    if not any(value.ndim > 1 for value in fits.values()):
-        arch = checkpoint["recipe"]["arch"]
-        raise UserError(
-            f"--weights {path}: it has arch {arch}, and no layer of it fits this model; choose --arch {arch}"
+        began = time.perf_counter()
+        waits.clear()
+        lr = lr_at(step, recipe["epochs"], per_epoch, batch_size, recipe["lr"])
+        means, norm = train_step(
+            run.model, batches, run.accumulate, run.optimizer, run.scaler, lr, recipe["clip"], place, (seed, step)
         )
-    detector.load_state_dict(fits, strict=False)
-    more = f" and {len(new) - 8} more" if len(new) > 8 else ""
-    return f"weights: {len(fits)} of {len(own)} tensors from {path}; new: {new[:8]}{more}"
+        losses, norm, asked = read_step(means, norm, stop.asked, place)
+        refuse_divergence(run, losses, norm, lr)
+
+        state["step"] += 1
+        state["skipped"] += not math.isfinite(norm)
+        row = {"step": state["step"], "epoch": state["step"] / per_epoch, "lr": lr, "loss": sum(losses.values())}
+        row |= losses | {"seconds": time.perf_counter() - began, "waited": sum(waits), "skipped": state["skipped"]}
+        row["grad_norm"] = norm if math.isfinite(norm) else None
+        log.write(row)
+        report.step(row)
+        if asked or state["step"] % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
+            save_as(run, "last.pt")
+            saved = time.monotonic()
+        if asked:
+            return False
 
 
-def check_resume(checkpoint, recipe, categories, steps, path, rank):
-    """Refuse to resume as another model; say which other fields of the recipe have changed."""
-    old = checkpoint["recipe"] | {"classes": [list(c) for c in checkpoint["categories"]]}
-    new = recipe | {"classes": [list(c) for c in categories]}
-    for name in ("arch", "size", "head", "classes"):
-        if old[name] != new[name]:
-            was = "" if name == "classes" else f" ({old[name]}, not {new[name]})"
-            raise UserError(f"--resume {path}: the checkpoint's {name} differs{was}; use --weights to start from it")
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in recipe if old.get(name) != new[name]]
-    if checkpoint["step"] > steps:
-        raise UserError(f"--resume {path}: it has {checkpoint['step']} steps behind it, and this recipe only {steps}")
-    if changed and rank == 0:
-        print(f"resuming with a changed recipe: {', '.join(changed)}")
+def evaluate_now(run, log):
+    """Evaluate, log, write the picture grid, and keep the best weights in best.pt."""
+    if run.place.world > 1:  # without SyncBN (on CPUs) every rank has statistics of its own: rank 0's are the model's
+        for buffer in run.detector.buffers():
+            dist.broadcast(buffer, 0)
+    size, step = run.recipe["size"], run.state["step"]
+    metrics = evaluate(run.detector, run.val, size, run.place, run.recipe["micro_batch"], run.workers, out=run.out)
+    log.write({"eval_step": step, "epoch": step / run.steps_per_epoch} | metrics)
+    if run.place.rank == 0:
+        write_grid(run.detector, run.val, size, run.place, run.out / "grid.png")
+        log.show(run.out / "grid.png", step)
+    run.state["evaluated"] = step
+    if metrics["AP"] > run.state["best"]:
+        run.state["best"] = metrics["AP"]
+        save_as(run, "best.pt")
+    save_as(run, "last.pt")
+
+
+def save_as(run, name):
+    """Rank 0 writes the run's checkpoint: plain types and tensors, names without wrappers."""
+    if run.place.rank == 0:
+        parts = {"model": run.detector, "optimizer": run.optimizer, "scaler": run.scaler}
+        checkpoint = {key: part.state_dict() for key, part in parts.items()}
+        categories = [list(category) for category in run.train.categories]
+        save(run.out / name, checkpoint | run.state | {"recipe": run.recipe, "categories": categories})
+
+
+def refuse_divergence(run, losses, norm, lr):
+    """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
+    finite = all(map(math.isfinite, losses.values()))
+    if finite and (math.isfinite(norm) or run.scaler.is_enabled()):
+        return
+    if run.place.rank > 0:
+        raise SystemExit(1)
+    step, batch_size = run.state["step"], run.recipe["batch_size"]
+    images = [run.samples.image_of(n)[1] for n in range(step * batch_size, (step + 1) * batch_size)]
+    before = f"; {run.out}/last.pt is from before" if (run.out / "last.pt").exists() else ""
+    terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
+    raise SystemExit(
+        f"error: training diverged at step {step + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, "
+        f"image ids {run.train.ids[images].tolist()}; try a lower --lr, or look for broken boxes with "
+        f"data.py --data FOLDER --show 8{before}"
+    )
+
+
+# What the loop stands on: checkpoints, the log, signals, progress.
+
+
+def save(path, checkpoint):
+    """Write a checkpoint so that at every moment `path` is whole: the old one or the new one."""
+    draft = path.with_suffix(".tmp")
+    try:
+        with open(draft, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(
+            f"could not write {path} ({error}); what it held before is intact: make room and --resume"
+        ) from None
 
 
 class Log:
@@ -499,144 +436,92 @@ class Report:
             )
 
 
-def refuse_divergence(run, losses, norm, lr):
-    """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
-    finite = all(map(math.isfinite, losses.values()))
-    if finite and (math.isfinite(norm) or run.scaler.is_enabled()):
-        return
-    if run.place.rank > 0:
-        raise SystemExit(1)
-    step, batch_size = run.state["step"], run.recipe["batch_size"]
-    images = [run.samples.image_of(n)[1] for n in range(step * batch_size, (step + 1) * batch_size)]
-    before = f"; {run.out}/last.pt is from before" if (run.out / "last.pt").exists() else ""
-    terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
-    raise SystemExit(
-        f"error: training diverged at step {step + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, "
-        f"image ids {run.train.ids[images].tolist()}; try a lower --lr, or look for broken boxes with "
-        f"data.py --data FOLDER --show 8{before}"
-    )
+# Arguments become a recipe.
 
 
-def save_as(run, name):
-    """Rank 0 writes the run's checkpoint: plain types and tensors, names without wrappers."""
-    if run.place.rank == 0:
-        parts = {"model": run.detector, "optimizer": run.optimizer, "scaler": run.scaler}
-        checkpoint = {key: part.state_dict() for key, part in parts.items()}
-        categories = [list(category) for category in run.train.categories]
-        save(run.out / name, checkpoint | run.state | {"recipe": run.recipe, "categories": categories})
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Train SpineNet on COCO, or on anything in COCO's layout.")
+    add = parser.add_argument
+    add("--arch", default="49", choices=ARCHS)
+    add("--size", type=int, default=640, help=f"side of the square input, a multiple of {MULTIPLE} (default 640)")
+    add("--protocol", default="B", choices=PROTOCOLS, help="the recipe's row; the flags below change one field of it")
+    add("--head", default="retinanet", choices=HEADS)
+    add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    add("--out", type=Path, help="folder of the run (default runs/ARCH_SIZE_PROTOCOL_HEAD)")
+    add("--batch-size", type=int, help="global batch: images per optimizer step over all devices")
+    add("--micro-batch", type=int, help="images per device at once; divides batch size / devices")
+    add("--epochs", type=int)
+    add("--lr", type=float, help="learning rate per 256 images of the global batch")
+    add("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scale jitter's range")
+    add("--eval-every", type=int, help="epochs between evaluations")
+    share = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
+    add("--workers", type=int, default=share, help="data processes per device (default: its share of the cores, to 8)")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
+    add("--amp", choices=AMP, default="auto", help="auto: by compute capability, off on a CPU")
+    recompute = "save memory: compute blocks up to this level again in backward; 2 is cheap, 7 saves most"
+    add("--recompute", type=int, default=0, choices=RECOMPUTE, metavar="LEVEL", help=recompute)
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--tensorboard", action="store_true", help="write curves and pictures for tensorboard into --out, too")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
+    add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
+    add("--overfit", type=int, metavar="N", help="train and evaluate on the first N images with objects, as they are")
+    add("--limit", type=int, metavar="N", help="the first N images of every split")
+    return parser.parse_args(argv)
 
 
-def evaluate_now(run, log):
-    """Evaluate, log, write the picture grid, and keep the best weights in best.pt."""
-    if run.place.world > 1:  # without SyncBN (on CPUs) every rank has statistics of its own: rank 0's are the model's
-        for buffer in run.detector.buffers():
-            dist.broadcast(buffer, 0)
-    size, step = run.recipe["size"], run.state["step"]
-    metrics = evaluate(run.detector, run.val, size, run.place, run.recipe["micro_batch"], run.workers, out=run.out)
-    log.write({"eval_step": step, "epoch": step / run.steps_per_epoch} | metrics)
-    if run.place.rank == 0:
-        write_grid(run.detector, run.val, size, run.place, run.out / "grid.png")
-        log.show(run.out / "grid.png", step)
-    run.state["evaluated"] = step
-    if metrics["AP"] > run.state["best"]:
-        run.state["best"] = metrics["AP"]
-        save_as(run, "best.pt")
-    save_as(run, "last.pt")
-
-
-def fit(run):
-    """The loop: from the run's step to the last, or until a signal asks to stop. Returns whether it came to the end.
-
-    last.pt is written at every epoch, before and after every evaluation, and at least every 15 minutes.
-    """
-    recipe, place, state = run.recipe, run.place, run.state
-    batch_size, per_epoch, seed = recipe["batch_size"], run.steps_per_epoch, recipe["seed"]
-    total = recipe["epochs"] * per_epoch
-    order = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
-    waits = []
-    batches = timed(iter(make_loader(run.samples, order, run.workers, place.device.type == "cuda")), waits)
-    log = Log(run.out / "log.jsonl", place, state, run.tensorboard)
-    stop, saved = Stop(), time.monotonic()
-    report = Report(run, total)
-    run.model.train()
-    while True:
-        step = state["step"]
-        due = step == total or (step > 0 and step % (per_epoch * recipe["eval_every"]) == 0)
-        if due and state["evaluated"] < step:
-            evaluate_now(run, log)
-        if step == total:
-            return True
-
-        began = time.perf_counter()
-        waits.clear()
-        lr = lr_at(step, recipe["epochs"], per_epoch, batch_size, recipe["lr"])
-        means, norm = train_step(
-            run.model, batches, run.accumulate, run.optimizer, run.scaler, lr, recipe["clip"], place, (seed, step)
-        )
-        losses, norm, asked = read_step(means, norm, stop.asked, place)
-        refuse_divergence(run, losses, norm, lr)
-
-        state["step"] += 1
-        state["skipped"] += not math.isfinite(norm)
-        row = {
-            "step": state["step"],
-            "epoch": state["step"] / per_epoch,
-            "lr": lr,
-            "loss": sum(losses.values()),
-        } | losses
-        row |= {"seconds": time.perf_counter() - began, "waited": sum(waits), "skipped": state["skipped"]}
-        row |= {"grad_norm": norm if math.isfinite(norm) else None}
-        log.write(row)
-        report.step(row)
-        if asked or state["step"] % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
-            save_as(run, "last.pt")
-            saved = time.monotonic()
-        if asked:
-            return False
-
-
-@contextlib.contextmanager
-def memory_in_words(recipe, recompute, place):
-    """A device without memory left becomes a UserError that says what was used and what to try."""
+def resolve(args):
+    """The recipe as a plain dict: the protocol's row, the head's, their exception for an arch, --overfit, the flags."""
+    fields = dataclasses.asdict(PROTOCOLS[args.protocol])
+    fields |= HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
+    if args.overfit:
+        fields |= OVERFIT | {"batch_size": args.overfit}
+    # A recipe has no fields that only another head knows, such as RoI counts.
+    others = {name for head in HEADS.values() for name in head.options} - set(HEADS[args.head].options)
+    fields = {name: value for name, value in fields.items() if name not in others}
+    flags = ("batch_size", "epochs", "lr", "jitter", "eval_every")
+    fields |= {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+    kept = ("arch", "size", "protocol", "head", "seed", "overfit", "limit")
+    recipe = {name: getattr(args, name) for name in kept} | fields | {"jitter": list(fields["jitter"])}
+    for name, low in (("overfit", 1), ("limit", 1), ("seed", 0), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name} is {value}, but must be at least {low}")
+    for name in ("size", "batch_size", "epochs", "lr", "eval_every"):
+        if not recipe[name] > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
+    if not 0 < recipe["jitter"][0] <= recipe["jitter"][1] < math.inf:
+        raise UserError(f"--jitter {recipe['jitter']}: give LOW and HIGH with 0 < LOW <= HIGH")
     try:
-        yield
-    except torch.OutOfMemoryError:
-        micro, share = recipe["micro_batch"], recipe["batch_size"] // place.world
-        smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
-        cures = [f"--micro-batch {smaller}"] * (micro > 1) + ["--recompute 7"] * (recompute < 7)
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        check_size(recipe["size"], recipe["size"])
+    except ValueError as error:
+        raise UserError(f"--size: {error}") from None
+    return recipe
+
+
+def split_batch(recipe, micro_batch, recompute, place):
+    """Images per micro-batch of one rank; what doesn't divide is refused. Departure: batch norm sees devices x this."""
+    share, rest = divmod(recipe["batch_size"], place.world)
+    if rest:
+        raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
+    if micro_batch is None:
+        size, fixed, each = MEMORY[recipe["head"], recipe["arch"]]
+        each = each[RECOMPUTE.index(recompute)] * (recipe["size"] / size) ** 2 * (1 if place.amp else 2)
+        each *= SWISH if recipe["activation"] == "swish" or recipe["drop_rate"] else 1
+        fits = max(int((PLANNED * place.memory() - fixed) / each), 1)
+        micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)
+    if micro_batch <= 0 or share % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch} must divide {share}, which is --batch-size / devices")
+    synchronized = place.world if place.device.type == "cuda" else 1
+    if (recipe["size"] // MULTIPLE) ** 2 * micro_batch * synchronized == 1:
         raise UserError(
-            f"--micro-batch {micro} of --size {recipe['size']} does not fit into the memory of {place.device}: "
-            f"{peak:.1f} GiB were in use at most; try {', '.join([*cures, 'or a smaller --size'])}"
-        ) from None
+            f"--size {recipe['size']} with --micro-batch 1 leaves batch norm a single value per channel on P7; use a "
+            "micro-batch of 2 or a larger size"
+        )
+    return micro_batch
 
 
-def rehearse(run):
-    """Forward and backward of one micro-batch with 100 objects in every image: what doesn't fit fails now, not later.
-
-    Leaves no trace: weights, batch norm's averages, gradients, the optimizer and the random state are as before.
-    """
-    recipe, place = run.recipe, run.place
-    batch = collate([run.samples[0]] * recipe["micro_batch"])
-    corners = torch.rand(*batch["boxes"].shape[:2], 2, generator=torch.Generator().manual_seed(0))  # (B, 100, 2)
-    corners *= recipe["size"] - 64
-    batch |= {"boxes": torch.cat((corners, corners + 64), dim=2), "labels": torch.zeros_like(batch["labels"])}
-    images = batch.pop("image")
-    batch.pop("region")  # so that the whole square counts as image
-    averages = {name: value.clone() for name, value in run.detector.named_buffers()}
-    # SGD makes its momenta in the first step: until then, others take their memory.
-    momenta = [] if run.optimizer.state else [torch.empty_like(p) for p in run.detector.parameters()]
-    run.model.train()
-    devices = [place.device] if place.device.type == "cuda" else []
-    alone = run.model.no_sync() if place.world > 1 else contextlib.nullcontext()
-    with torch.random.fork_rng(devices), alone:
-        with place.autocast():
-            losses = run.model(place.move(images), {name: value.to(place.device) for name, value in batch.items()})
-        run.scaler.scale(sum(losses.values())).backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    del losses, momenta
-    for name, value in run.detector.named_buffers():
-        value.copy_(averages[name])
+# Before the first step.
 
 
 def check_quickly(args):
@@ -665,6 +550,60 @@ def said_once():
             time.sleep(5)  # torchrun ends all processes at the first one's end
             raise SystemExit(2) from None
         raise
+
+
+def load_splits(args, recipe, place):
+    """(annotations to train on, annotations to evaluate on)."""
+    root, masks = resolve_root(args.data), HEADS[recipe["head"]].masks
+    train = load_annotations(root, TRAIN, masks).select(slice(recipe["limit"]))
+    if recipe["overfit"]:
+        chosen = np.flatnonzero(train.positives())[: recipe["overfit"]]
+        if len(chosen) < recipe["overfit"]:
+            raise UserError(f"--overfit {recipe['overfit']}: only {len(chosen)} images of {root} have an object")
+        train = train.select(chosen)
+        return train, train
+    val_json = split_paths(root, VAL)[0]
+    if not val_json.exists():
+        if place.rank == 0:
+            print(f"{val_json} not found: evaluating on {TRAIN}")
+        return train, train
+    val = load_annotations(root, VAL, masks)
+    if val.categories != train.categories:
+        raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
+    return train, val.select(slice(recipe["limit"]))
+
+
+def load_weights(detector, path, categories):
+    """Take from a checkpoint every tensor whose name and shape fit; the class layers only if the classes agree."""
+    checkpoint = load_checkpoint(path)
+    own, given = detector.state_dict(), checkpoint["model"]
+    if [tuple(c) for c in checkpoint["categories"]] != categories:
+        given = {name: value for name, value in given.items() if not name.startswith(detector.class_layers)}
+    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    new = [name for name in own if name not in fits]
+    if not any(value.ndim > 1 for value in fits.values()):
+        arch = checkpoint["recipe"]["arch"]
+        raise UserError(
+            f"--weights {path}: it has arch {arch}, and no layer of it fits this model; choose --arch {arch}"
+        )
+    detector.load_state_dict(fits, strict=False)
+    more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+    return f"weights: {len(fits)} of {len(own)} tensors from {path}; new: {new[:8]}{more}"
+
+
+def check_resume(checkpoint, recipe, categories, steps, path, rank):
+    """Refuse to resume as another model; say which other fields of the recipe have changed."""
+    old = checkpoint["recipe"] | {"classes": [list(c) for c in checkpoint["categories"]]}
+    new = recipe | {"classes": [list(c) for c in categories]}
+    for name in ("arch", "size", "head", "classes"):
+        if old[name] != new[name]:
+            was = "" if name == "classes" else f" ({old[name]}, not {new[name]})"
+            raise UserError(f"--resume {path}: the checkpoint's {name} differs{was}; use --weights to start from it")
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in recipe if old.get(name) != new[name]]
+    if checkpoint["step"] > steps:
+        raise UserError(f"--resume {path}: it has {checkpoint['step']} steps behind it, and this recipe only {steps}")
+    if changed and rank == 0:
+        print(f"resuming with a changed recipe: {', '.join(changed)}")
 
 
 def prepare(args):
@@ -711,6 +650,74 @@ def prepare(args):
         model = DistributedDataParallel(detector, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     parts = dict(train=train, val=val, detector=detector, model=model, optimizer=optimizer, scaler=scaler, state=state)
     return Run(recipe, place, make_folder(out), args.workers, tensorboard=args.tensorboard, **parts)
+
+
+def describe(run):
+    """Print everything the run is about to do."""
+    recipe, place = run.recipe, run.place
+    peak, first_lr, warmup, first, second, total = schedule(
+        recipe["epochs"], run.steps_per_epoch, recipe["batch_size"], recipe["lr"]
+    )
+    precision = str(place.amp or torch.float32).removeprefix("torch.")
+    parameters = sum(p.numel() for p in run.detector.parameters())
+    print("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None))
+    print(f"train: {run.train.summary()}")
+    print(f"evaluate: {'the same images' if run.val is run.train else run.val.summary()}")
+    print(
+        f"batch: {recipe['batch_size']} = {place.world} device(s) x {recipe['micro_batch']} images x {run.accumulate} "
+        f"micro-steps on {place.device.type}, {precision}; {parameters:,} parameters"
+    )
+    print(
+        f"learning rate: {recipe['lr']} x {recipe['batch_size']} / {LR_BATCH} = {peak:.5g}, after a warm-up from "
+        f"{first_lr:.3g} over {warmup:.0f} steps; / 10 at step {first}, / 100 at {second} of {total} "
+        f"({recipe['epochs']} epochs of {run.steps_per_epoch})"
+    )
+    resuming = f", resuming at step {run.state['step']}" if run.state["step"] else ""
+    print(f"writing to {run.out}{resuming}", flush=True)
+
+
+@contextlib.contextmanager
+def memory_in_words(recipe, recompute, place):
+    """A device without memory left becomes a UserError that says what was used and what to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        micro, share = recipe["micro_batch"], recipe["batch_size"] // place.world
+        smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
+        cures = [f"--micro-batch {smaller}"] * (micro > 1) + ["--recompute 7"] * (recompute < 7)
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        raise UserError(
+            f"--micro-batch {micro} of --size {recipe['size']} does not fit into the memory of {place.device}: "
+            f"{peak:.1f} GiB were in use at most; try {', '.join([*cures, 'or a smaller --size'])}"
+        ) from None
+
+
+def rehearse(run):
+    """Forward and backward of one micro-batch with 100 objects in every image: what doesn't fit fails now, not later.
+
+    Leaves no trace: weights, batch norm's averages, gradients, the optimizer and the random state are as before.
+    """
+    recipe, place = run.recipe, run.place
+    batch = collate([run.samples[0]] * recipe["micro_batch"])
+    corners = torch.rand(*batch["boxes"].shape[:2], 2, generator=torch.Generator().manual_seed(0))  # (B, 100, 2)
+    corners *= recipe["size"] - 64
+    batch |= {"boxes": torch.cat((corners, corners + 64), dim=2), "labels": torch.zeros_like(batch["labels"])}
+    images = batch.pop("image")
+    batch.pop("region")  # so that the whole square counts as image
+    averages = {name: value.clone() for name, value in run.detector.named_buffers()}
+    # SGD makes its momenta in the first step: until then, others take their memory.
+    momenta = [] if run.optimizer.state else [torch.empty_like(p) for p in run.detector.parameters()]
+    run.model.train()
+    devices = [place.device] if place.device.type == "cuda" else []
+    alone = run.model.no_sync() if place.world > 1 else contextlib.nullcontext()
+    with torch.random.fork_rng(devices), alone:
+        with place.autocast():
+            losses = run.model(place.move(images), {name: value.to(place.device) for name, value in batch.items()})
+        run.scaler.scale(sum(losses.values())).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    del losses, momenta
+    for name, value in run.detector.named_buffers():
+        value.copy_(averages[name])
 
 
 def main(argv=None):
