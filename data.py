@@ -565,7 +565,8 @@ def read_packed(path, folder, masks):
     peak /= 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     where = f"packed into {kept}" if kept else "no folder for its packed form is writable"
     print(f"read {path} in {seconds:.0f} s, {peak:.1f} GiB of memory at most; {where}", flush=True)
-    return annotations
+    mapped = kept and open_cache(kept, folder, stamp)  # which lets the parsed arrays go
+    return mapped or annotations
 
 
 def cache_files(path, masks):
