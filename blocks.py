@@ -3,24 +3,12 @@
 Dimensions: B images, C channels, H x W pixels of a feature map. Level L has stride 2^L.
 """
 
-import contextlib
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-try:
-    from torchvision.ops import drop_block2d, stochastic_depth
-except RuntimeError as error:  # "operator torchvision::nms does not exist"
-    print(
-        f"error: the installed torchvision was built for another torch than {torch.__version__} ({error}); install "
-        "both in one command: pip install --upgrade torch torchvision",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
+from torchvision.ops import drop_block2d, stochastic_depth
 
 # Batch norm's epsilon, and 1 - the moving average's decay of 0.99 (authors' Mask R-CNN
 # yaml). Departure: their RetinaNet yaml says 1e-4 and 0.997; one choice serves both detectors.
@@ -177,30 +165,6 @@ def max_pool_same(x, kernel, stride):
     (B, C, H, W) -> (B, C, H / stride, W / stride). For kernel = stride + 1, which is all that is used here.
     """
     return F.max_pool2d(x, kernel, stride, ceil_mode=True)
-
-
-def recomputed(module, x):
-    """module(x), of which training keeps only x for backward, which computes the rest again (activation checkpointing).
-
-    The same to the bit: random draws are repeated, and batch norm's averages follow the first run alone.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    @contextlib.contextmanager
-    def second_run():
-        before = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
-            yield  # left by an exception as soon as backward has what it needs
-        finally:
-            for norm, momentum, count in before:
-                norm.momentum = momentum
-                norm.num_batches_tracked.copy_(count)
-
-    if not module.training:
-        return module(x)
-    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), second_run()))
 
 
 def init_conv_(conv):

@@ -1,30 +1,17 @@
-"""How does a COCO folder become batches? Packed annotations, scale jitter, the samples, and who gets which.
+"""How does a COCO folder become batches? Annotations as arrays, scale jitter, the samples, and who gets which.
 
-Read on to `make_loader`: that is the way from files to batches. What it stands on follows, part by part, to be looked
-up: errors, reading and checking a json, the packed form of a large one, masks, the generated set, the command line.
-
-Dimensions: N images, M objects, B images of a batch, S side of the network's square input.
-Boxes are xyxy float pixels, but in the json files and `Annotations.boxes`, which are COCO's xywh.
-
-    python data.py --data D --check         decode every image, list the bad ones
-    python data.py --data D --show 8        write augmented training samples with their boxes (--masks: and masks)
+From top to bottom: a json becomes arrays (`load_annotations`), a window of an image is drawn (`draw_view`), both make a
+sample (`TrainSet`), and samples make batches (`make_loader`). Dimensions: N images, M objects, n objects of an image, B
+images of a batch, S side of the network's input. Boxes: xyxy pixels; in the json and `Annotations.boxes` COCO's xywh.
 """
 
-import argparse
-import collections
-import colorsys
 import contextlib
-import errno
 import functools
-import hashlib
 import json
 import math
 import os
-import resource
-import shutil
+import re
 import sys
-import time
-import uuid
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,28 +21,28 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
+
+from model import UserError
 
 MAX_OBJECTS = 100  # targets per image (authors' yaml, max_num_instances)
 MASK_SIDE = 112  # cells of a target's mask, per side of its box (authors' yaml, gt_mask_size)
 PAD = torch.tensor((124, 116, 104), dtype=torch.uint8)  # the mean colour: 0 after normalization, within rounding
 MIN_SIDE = 0.01  # pixels: what the window leaves of an object's box below this is no object
-MAX_BROKEN = 0.01  # a larger share of broken objects means that the format is wrong, not an object
+MAX_BROKEN = 10, 0.01  # broken objects: more than so many, and than this share, mean that the format is wrong
 TRAIN, VAL = "train2017", "val2017"
-PACKED_FROM = 50e6  # bytes of a json, from which its packed form is kept
-CACHE_VERSION = 3  # of that form
+KEPT_FROM, KEPT_VERSION = 50e6, 1  # bytes of a json, from which its arrays are kept in a file; that file's form
 
 
 class Annotations(NamedTuple):
-    """One split as packed arrays, which forked workers share: no Python object is kept per annotation.
+    """One split as arrays, which forked workers share: no Python object is kept per annotation.
 
-    The objects of image i are the rows spans[i, 0] to spans[i, 1] of boxes, labels, crowd and area, and of masks.
+    The objects of image i are the rows spans[i, 0] to spans[i, 1] of boxes, labels, crowd and area, and of starts.
     """
 
     folder: str
     categories: list  # (original id, name) in the order of their ids; label k means categories[k]
     ids: np.ndarray  # (N,) int64, ascending
-    files: np.ndarray  # (N,) bytes, relative to folder
+    files: np.ndarray  # (N,) text, relative to folder
     heights: np.ndarray  # (N,) int64
     widths: np.ndarray  # (N,) int64
     spans: np.ndarray  # (N, 2) int64
@@ -63,12 +50,13 @@ class Annotations(NamedTuple):
     labels: np.ndarray  # (M,) int64 in 0..K-1
     crowd: np.ndarray  # (M,) bool
     area: np.ndarray  # (M,) float64: of the segmentation
-    masks: "Masks | None" = None
-    broken: tuple = ()  # ids of the annotations that were dropped
+    codes: np.ndarray | None = None  # (C,) uint8: masks as COCO's compressed run-length codes, one after another
+    starts: np.ndarray | None = None  # (M + 1,) int64: the code of object m is codes[starts[m] : starts[m + 1]]
+    broken: str = ""  # what was dropped, in words
 
     def path(self, i):
         """Where the file of image i is."""
-        return os.path.join(self.folder, os.fsdecode(self.files[i]))
+        return os.path.join(self.folder, self.files[i])
 
     def rows(self, i):
         """The rows (n,) of image i's objects, crowds left out."""
@@ -82,6 +70,11 @@ class Annotations(NamedTuple):
         boxes = np.stack((x, y, x + w, y + h), axis=1)
         return boxes.clip(0, [self.widths[i], self.heights[i]] * 2), self.labels[rows]
 
+    def mask(self, i, m):
+        """The mask of object m, one of image i's, as pycocotools takes it."""
+        counts = self.codes[self.starts[m] : self.starts[m + 1]].tobytes()
+        return {"size": [int(self.heights[i]), int(self.widths[i])], "counts": counts}
+
     def select(self, images):
         """The same split with only these images (indices or a slice, ascending); the objects' arrays are shared."""
         fields = {name: getattr(self, name)[images] for name in ("ids", "files", "heights", "widths", "spans")}
@@ -94,16 +87,203 @@ class Annotations(NamedTuple):
 
     def summary(self):
         """The counts that a start-up prints."""
-        positives, objects = self.positives(), np.diff(self.spans).sum()
-        text = (
-            f"{len(self.ids)} images, {positives.sum()} objects of {len(self.categories)} classes, "
-            f"{objects - positives.sum()} crowds (never positive), "
-            f"{(positives == 0).sum()} images without objects (negatives), "
+        positives = self.positives()
+        crowds = np.diff(self.spans).sum() - positives.sum()
+        return (
+            f"{len(self.ids)} images, {positives.sum()} objects of {len(self.categories)} classes, {crowds} crowds "
+            f"(never positive), {(positives == 0).sum()} images without objects (negatives), "
             f"{(positives > MAX_OBJECTS).sum()} with more than {MAX_OBJECTS} (which keep {MAX_OBJECTS})"
+            + (f", dropped as broken: {self.broken}" if self.broken else "")
         )
-        if self.broken:
-            text += f", {len(self.broken)} broken objects dropped (annotation ids {list(self.broken[:5])})"
-        return text
+
+
+HELP = """Get COCO with
+  mkdir -p {root} && cd {root}
+  wget http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip
+  wget http://images.cocodataset.org/zips/val2017.zip && unzip -q val2017.zip
+  wget http://images.cocodataset.org/annotations/annotations_trainval2017.zip && unzip -q annotations_trainval2017.zip
+or start without it: python train.py --arch tiny --size 128 --protocol toy --data shapes"""
+
+
+def split_paths(root, split):
+    """(annotation file, image folder) of a split, in COCO's layout."""
+    return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
+
+
+def resolve_root(data):
+    """The folder that `--data` names; for the name `shapes`, the generated set in data/shapes, written on first use."""
+    if data == "shapes":
+        sys.path.append(str(Path(__file__).with_name("tools")))
+        from make_shapes import write_shapes  # only here: nothing else at the root needs tools/
+
+        write_shapes(Path("data/shapes"))
+    return Path("data/shapes" if data == "shapes" else data)
+
+
+def load_annotations(root, split=TRAIN, masks=False):
+    """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
+
+    With `masks`, segmentations are kept, and an object without one is broken. Broken objects are dropped and counted.
+    Raises UserError where they are too many, where a path or an image is missing, or where the json isn't COCO's.
+    """
+    path, folder = split_paths(root, split)
+    missing = " and ".join(str(p) for p, there in ((folder, folder.is_dir()), (path, path.is_file())) if not there)
+    if missing:
+        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
+    annotations, there = read_annotations(path, folder, masks), set(os.listdir(folder))
+    for i, name in enumerate(annotations.files.tolist()):
+        if name not in there and not os.path.isfile(annotations.path(i)):  # it may be in a folder of the folder
+            what = f"{folder} has no file {name!r}, which {path} names for image id {annotations.ids[i]}"
+            raise UserError(f"{what}; unpack the images there again")
+    return annotations
+
+
+def read_annotations(path, folder, masks):
+    """The Annotations in a json. Those of a large one are kept in a file beside it, which later starts map."""
+    stat, kept = path.stat(), path.with_suffix(".masks.pt" if masks else ".boxes.pt")
+    stamp = [KEPT_VERSION, stat.st_size, stat.st_mtime_ns]
+    with contextlib.suppress(Exception):  # whatever that file holds, the json is still there to be read
+        saved = torch.load(kept, mmap=True, weights_only=True)
+        if saved.pop("stamp") == stamp:
+            saved |= {key: v.numpy() for key, v in saved.items() if isinstance(v, torch.Tensor)}
+            return Annotations(**saved | {"folder": str(folder), "files": np.array(saved["files"])})
+    if stat.st_size < KEPT_FROM:
+        return pack(path, folder, masks)
+    print(f"reading {path}, which takes a while; its arrays will be kept in {kept}, if that can be written", flush=True)
+    annotations, draft = pack(path, folder, masks), kept.with_suffix(f".{os.getpid()}.tmp")
+    fields = annotations._asdict() | {"files": annotations.files.tolist(), "stamp": stamp}
+    with contextlib.suppress(OSError, RuntimeError):  # a full disk is a RuntimeError to torch
+        torch.save({k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()}, draft)
+        os.replace(draft, kept)
+    draft.unlink(missing_ok=True)
+    return annotations
+
+
+ID, SIDE = (-(2**63), 2**63 - 1), (1, 10**6)
+COLUMNS = {  # a json's lists; what each of their rows must have: a whole number in a range, or a row's id of another
+    "images": {"id": ID, "height": SIDE, "width": SIDE},
+    "categories": {"id": ID},
+    "annotations": {"image_id": "images", "category_id": "categories"},
+}
+
+
+def read_columns(path):
+    """(a json's content, {(list, key): (rows,) int64} for COLUMNS). Raises UserError where the json isn't COCO's."""
+    fault = f"{path} is not a COCO annotation file; correct it or export it again:"
+    try:
+        content, columns = json.loads(path.read_bytes()), {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{fault} {type(error).__name__}, {error}") from None
+    for part, keys in COLUMNS.items():
+        rows = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{fault} {part!r} is not a list of objects")
+        if not rows and part != "annotations":
+            raise UserError(f"{fault} it has no {part}")
+        for key, allowed in keys.items():
+            values, (low, high) = [row.get(key) for row in rows], ID if allowed in COLUMNS else allowed
+            fits = np.array([isinstance(v, (int, float)) and low <= v <= high and v == int(v) for v in values], bool)
+            column = columns[part, key] = np.array([int(v) if ok else 0 for v, ok in zip(values, fits)], dtype=np.int64)
+            fits &= np.isin(column, columns[allowed, "id"]) if allowed in COLUMNS else True
+            if not fits.all():
+                k, row = fits.argmin(), rows[fits.argmin()]
+                what = f"the id of one of its {allowed}" if allowed in COLUMNS else f"a whole number in {low} .. {high}"
+                raise UserError(f"{fault} {part}[{k}], id {row.get('id')!r}, has {key} {row.get(key)!r}: not {what}")
+        ids = columns.get((part, "id"), [str(row.get("id", f"none, {k}")) for k, row in enumerate(rows)])
+        values, counts = np.unique(ids, return_counts=True)
+        if counts.max(initial=0) > 1:
+            raise UserError(f"{fault} {part} has the id {values[counts.argmax()]} twice")
+    return content, columns
+
+
+def check_objects(objects, sizes, masks, path):
+    """Which of the M objects are sound: (boxes (M, 4) float64 xywh, codes, sound (M,) bool, what is broken, in words).
+
+    sizes (M, 2): (width, height) of each one's image; codes: `encode_mask`'s. Raises UserError if too many are broken.
+    """
+    boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
+    low, sides = boxes[:, :2], boxes[:, 2:]
+    seen = (np.minimum(low + sides, sizes) - np.maximum(low, 0)).clip(0)  # (M, 2): of each box, in its image
+    codes = [encode_mask(o.get("segmentation"), h, w) if masks else b"" for o, (w, h) in zip(objects, sizes.tolist())]
+    rules = {  # in words: (M,) bool; an object is counted under the first that it breaks
+        "whose bbox is not four numbers": np.isnan(boxes).any(axis=1),
+        "whose bbox has a side that is not positive": (sides <= 0).any(axis=1),
+        "whose bbox is outside of its image by more than half": seen.prod(axis=1) < sides.prod(axis=1) / 2,
+        "without a sound segmentation": np.array([code is None for code in codes], dtype=bool),
+    }
+    sound, words = np.ones(len(objects), dtype=bool), []
+    for rule, breaks in rules.items():
+        broken = np.flatnonzero(breaks & sound)
+        sound[broken] = False
+        if len(broken):
+            first = objects[broken[0]]
+            value = str(first.get("bbox" if "bbox" in rule else "segmentation"))
+            words.append(f"{len(broken)} {rule}, such as annotation id {first.get('id')}: {value:.60}")
+    if (~sound).sum() > max(MAX_BROKEN[0], MAX_BROKEN[1] * len(objects)):
+        what = f"of {len(objects)} objects {(~sound).sum()} are broken: {', '.join(words)}"
+        form = "a bbox must be [x, y, width, height] in pixels (not two corners), inside its image"
+        more = ", a segmentation polygons or run lengths of its image (else: --head retinanet)" if masks else ""
+        raise UserError(f"{path}: {what}; {form}{more}; correct them")
+    return boxes, codes, sound, ", ".join(words)
+
+
+def pack(path, folder, masks):
+    """The Annotations in a json, without its broken objects. Raises UserError where it isn't COCO's."""
+    content, columns = read_columns(path)
+    objects = content["annotations"]
+    order, ranks = np.argsort(columns["images", "id"]), np.argsort(columns["categories", "id"])
+    ids, heights, widths = (columns["images", key][order] for key in ("id", "height", "width"))
+    files = np.array([str(content["images"][k].get("file_name")) for k in order])
+    category_ids = columns["categories", "id"][ranks]
+    categories = [(k, str(content["categories"][rank].get("name", k))) for k, rank in zip(category_ids.tolist(), ranks)]
+    owner = np.searchsorted(ids, columns["annotations", "image_id"])  # (all objects,): the index of its image
+    boxes, codes, sound, broken = check_objects(objects, np.stack((widths, heights), axis=1)[owner], masks, path)
+    rows = np.flatnonzero(sound)
+    rows = rows[np.argsort(owner[rows], kind="stable")]  # (M,): the sound ones, image by image
+    bounds = np.searchsorted(owner[rows], np.arange(len(ids) + 1))
+    spans, boxes = np.stack((bounds[:-1], bounds[1:]), axis=1), boxes[rows]
+    labels = np.searchsorted(category_ids, columns["annotations", "category_id"])[rows]
+    crowd = np.array([bool(objects[m].get("iscrowd")) for m in rows], dtype=bool)
+    area = np.array([numbers([objects[m].get("area")], 1)[0] for m in rows], dtype=np.float64)
+    area = np.where(np.isnan(area), boxes[:, 2:].prod(axis=1), area)
+    codes = [codes[m] for m in rows]
+    packed = (np.frombuffer(b"".join(codes), np.uint8), np.cumsum([0, *map(len, codes)])) if masks else (None, None)
+    arrays = ids, files, heights, widths, spans, boxes, labels, crowd, area
+    return Annotations(str(folder), categories, *arrays, *packed, broken)
+
+
+def numbers(values, count, limit=1e9):
+    """A list of that many numbers, in pixels that can be, as it is; of anything else that many NaN."""
+    sound = isinstance(values, list) and len(values) == count
+    sound = sound and all(isinstance(v, (int, float)) and abs(v) < limit for v in values)  # NaN compares false
+    return values if sound else [math.nan] * count
+
+
+def encode_mask(segmentation, height, width):
+    """Polygons, but for broken ones, or run lengths of either kind as COCO's compressed code; None where not sound."""
+    if isinstance(segmentation, list):
+        polygons = [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+        polygons = [p for p in polygons if numbers(p, len(p), 2 * max(height, width)) is p]  # not far outside
+        return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"] if polygons else None
+    code = segmentation if isinstance(segmentation, dict) else {}
+    counts = code.get("counts") if code.get("size") == [height, width] else None
+    whole = isinstance(counts, list) and all(isinstance(v, int) and v >= 0 for v in counts)
+    if whole and sum(counts) == height * width:
+        return coco_mask.frPyObjects(code, height, width)["counts"]
+    with contextlib.suppress(ValueError):  # pycocotools raises it where the runs are more than the image's pixels
+        code = {"size": [height, width], "counts": str(counts).encode()}
+        sound = re.fullmatch("([P-o]{0,5}[0-O])+", str(counts)) and coco_mask.encode(coco_mask.decode(code)) == code
+        return code["counts"] if sound else None  # a code cut short decodes to anything: to another code
+
+
+def crop_mask(code, box):
+    """A mask, as pycocotools takes it, inside a box (4,) xyxy of its image: (112, 112) uint8, 0 or 1.
+
+    A cell is the pixel under its centre. Departure: the authors resize the bitmap.
+    """
+    cells = (np.arange(MASK_SIDE)[:, None] + 0.5) / MASK_SIDE
+    x, y = (box[:2] + cells * (box[2:] - box[:2])).astype(np.int64).T
+    return coco_mask.decode(code)[:, x][y]
 
 
 class View(NamedTuple):
@@ -124,8 +304,7 @@ class View(NamedTuple):
     def boxes(self, boxes):
         """Source boxes (n, 4) xyxy -> boxes (n, 4) in the network's input, clipped to the region."""
         scale = np.array([self.width / (self.right - self.left), self.height / (self.bottom - self.top)] * 2)
-        boxes = (boxes - [self.left, self.top] * 2) * scale
-        boxes = boxes.clip(0, [self.width, self.height] * 2)
+        boxes = ((boxes - [self.left, self.top] * 2) * scale).clip(0, [self.width, self.height] * 2)
         if self.flip:
             boxes[:, [0, 2]] = self.width - boxes[:, [2, 0]]
         return boxes
@@ -180,22 +359,16 @@ def read_image(path, what):
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # PIL raises many kinds for a bad file
         reason = str(error).replace("\n", " ") or type(error).__name__
-        raise UserError(
-            f"cannot decode {path} ({what}): {reason}; replace the file (python data.py --data FOLDER --check lists "
-            "all bad ones of a data set)"
-        ) from None
+        raise UserError(f"cannot decode {path} ({what}): {reason}; tools/look.py --check lists all such") from None
 
 
 def read_checked(annotations, i):
     """Image i of a split, of the size that the json states; else UserError."""
-    what = f"image id {annotations.ids[i]}"
+    what, stated = f"image id {annotations.ids[i]}", (annotations.widths[i], annotations.heights[i])
     image = read_image(annotations.path(i), what)
-    stated = (annotations.widths[i], annotations.heights[i])
     if image.size != stated:
-        raise UserError(
-            f"{annotations.path(i)} ({what}) is {image.width}x{image.height} pixels, but the json says "
-            f"{stated[0]}x{stated[1]}; replace the file or correct the json"
-        )
+        sizes = "{}x{} pixels, but the json says {}x{}".format(*image.size, *stated)
+        raise UserError(f"{annotations.path(i)} ({what}) is {sizes}; replace the file or correct the json")
     return image
 
 
@@ -223,33 +396,32 @@ class TrainSet(Dataset):
         return epoch, int(permutation(self.seed, epoch, len(self.annotations.ids))[place])
 
     def __getitem__(self, n):
-        epoch, i = self.image_of(n)
-        a = self.annotations
+        (epoch, i), a = self.image_of(n), self.annotations
+        image = read_checked(a, i)
         # image + 1, because (seed, epoch, 0) is the same seed to numpy as (seed, epoch).
         rng = np.random.default_rng((self.seed, epoch, i + 1))
-        view = draw_view(rng, int(a.heights[i]), int(a.widths[i]), self.size, self.jitter, self.flip)
+        view = draw_view(rng, image.height, image.width, self.size, self.jitter, self.flip)
         source_boxes, labels = a.objects(i)
         boxes = view.boxes(source_boxes).astype(np.float32)  # before the comparison: rounding can close a sliver
         kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1))
         if len(kept) > MAX_OBJECTS:
             kept = np.sort(rng.choice(kept, MAX_OBJECTS, replace=False))
         noise = int(np.random.SeedSequence((self.seed, n)).generate_state(1)[0])
-        sample = {"boxes": torch.zeros(MAX_OBJECTS, 4), "labels": torch.full((MAX_OBJECTS,), -1), "noise": noise}
+        sample = {"image": view.image(image, self.size), "region": view.region(), "noise": noise}
+        sample |= {"boxes": torch.zeros(MAX_OBJECTS, 4), "labels": torch.full((MAX_OBJECTS,), -1)}
         sample["boxes"][: len(kept)] = torch.from_numpy(boxes[kept])
         sample["labels"][: len(kept)] = torch.from_numpy(labels[kept])
-        if a.masks is not None:
+        if a.codes is not None:
             sample["masks"] = torch.zeros(MAX_OBJECTS, MASK_SIDE, MASK_SIDE, dtype=torch.uint8)
-            rows = a.rows(i)[kept]
             visible = source_boxes[kept].clip([view.left, view.top] * 2, [view.right, view.bottom] * 2)
-            for k, (row, box) in enumerate(zip(rows, visible)):
-                mask = a.masks.crop(row, box, int(a.heights[i]))
-                sample["masks"][k] = torch.from_numpy(mask[:, ::-1].copy() if view.flip else mask)
-        return sample | {"image": view.image(read_checked(a, i), self.size), "region": view.region()}
+            for k, (m, box) in enumerate(zip(a.rows(i)[kept], visible)):
+                mask = torch.from_numpy(crop_mask(a.mask(i, m), box))
+                sample["masks"][k] = mask.flip(1) if view.flip else mask
+        return sample
 
 
 class EvalSet(Dataset):
-    """The whole images of a split: a dict of image uint8 (3, S, S), region (2,) float32: the image's (height, width) in
-    it, and index."""
+    """The whole images of a split: a dict of image uint8 (3, S, S), region (2,) float32 as in TrainSet, and index."""
 
     def __init__(self, annotations, size):
         self.annotations, self.size = annotations, size
@@ -263,8 +435,7 @@ class EvalSet(Dataset):
 def micro_batches(first, last, batch, micro, rank=0, world=1):
     """Sample numbers of this rank's micro-batches of the steps first..last-1.
 
-    Step k has k * batch to (k + 1) * batch - 1, whatever the ranks and the micro-batch, and its t-th micro-step's
-    world * micro samples are contiguous.
+    Step k has k * batch to (k + 1) * batch - 1, and its t-th micro-step's world * micro samples are contiguous.
     """
     for step in range(first, last):
         for start in range(step * batch + rank * micro, (step + 1) * batch, world * micro):
@@ -284,611 +455,7 @@ def leave_signals_to_main(worker):
 
 def make_loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader over an iterable of lists of sample numbers."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_main,
-        # Forked workers share the annotations; Python 3.14's default would copy them into each.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-
-
-# A mistake of the user's is a sentence.
-
-
-class UserError(Exception):
-    """A mistake in the arguments or a fault in the data: one sentence that says what, where and what to do."""
-
-
-def make_folder(path):
-    """Make a folder for output, and its parents; a UserError where that, or writing there, can't be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"the folder {path} can't be made or written ({error.strerror}); give another --out") from None
-    return Path(path)
-
-
-@contextlib.contextmanager
-def one_sentence():
-    """What uses data runs inside: a UserError, a dead data worker or a full device is one sentence and exit code 2."""
-    try:
-        yield
-    except UserError as error:
-        # A DataLoader worker puts its traceback before the sentence, which follows the exception's name.
-        sentence = str(error).rpartition("UserError: ")[2].strip()
-    except torch.OutOfMemoryError as error:
-        sentence = f"{str(error).splitlines()[0]} Free the device, or use a smaller --micro-batch"
-    except RuntimeError as error:  # a dead worker's is raised by a signal, wherever the main process then is
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        reason = str(error).splitlines()[0].strip()
-        sentence = f"{reason} Most often memory ran out, the machine's or /dev/shm: use fewer --workers"
-    else:
-        return
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-# Reading and checking: a json becomes Annotations once, where it enters.
-
-
-def split_paths(root, split):
-    """(annotation file, image folder) of a split, in COCO's layout."""
-    return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
-
-
-HELP = """Get COCO with
-  mkdir -p {root} && cd {root}
-  wget http://images.cocodataset.org/zips/train2017.zip && unzip -q train2017.zip
-  wget http://images.cocodataset.org/zips/val2017.zip && unzip -q val2017.zip
-  wget http://images.cocodataset.org/annotations/annotations_trainval2017.zip && unzip -q annotations_trainval2017.zip
-or start without it, on generated images:
-  python train.py --arch tiny --size 128 --protocol toy --data shapes"""
-
-
-def require_split(root, split):
-    """The paths of a split, which must exist; else a UserError that names all missing ones and how to get them."""
-    path, folder = split_paths(root, split)
-    missing = " and ".join(str(p) for p, there in ((folder, folder.is_dir()), (path, path.is_file())) if not there)
-    if missing:
-        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
-    return path, folder
-
-
-def load_annotations(root, split=TRAIN, masks=False):
-    """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
-
-    With `masks`, segmentations are kept, and an object without one is broken. A large json is parsed only once
-    with them and once without.
-    Raises UserError where a path is missing, the json isn't COCO's, an id is unknown or stands twice, a file
-    is missing, or more than 1 % of the objects are broken. Fewer broken objects are dropped and counted.
-    """
-    path, folder = require_split(root, split)
-    read = read_packed if path.stat().st_size >= PACKED_FROM else parse_annotations
-    annotations = read(path, folder, masks)
-    check_files(annotations, path)
-    return annotations
-
-
-def parse_annotations(path, folder, masks):
-    """The Annotations in a json file; see `load_annotations`."""
-    images, objects, categories = read_coco(path)
-    images, ids = by_id(images, "image", path)
-    categories, category_ids = by_id(categories, "category", path)
-    check_unique([o.setdefault("id", f"number {k}") for k, o in enumerate(objects)], "annotation", path)
-    heights, widths = column(images, "height", "image", path), column(images, "width", "image", path)
-    for image in images:
-        if min(image["height"], image["width"]) <= 0:
-            raise UserError(f"{path}: image id {image['id']} has no positive height and width; correct them")
-    owner, label = places(objects, "image_id", ids, path), places(objects, "category_id", category_ids, path)
-
-    sizes = np.stack((heights, widths), axis=1)[owner].tolist()
-    sound = np.array([sound_object(o, size, masks) for o, size in zip(objects, sizes)], dtype=bool)
-    broken = tuple(objects[k]["id"] for k in np.flatnonzero(~sound))
-    if len(broken) > MAX_BROKEN * len(objects):
-        raise UserError(
-            f"{path}: {len(broken)} of {len(objects)} objects are broken, such as annotation ids {list(broken[:5])}: "
-            "a bbox must be [x, y, width, height] in pixels (not two corners) with positive sides inside its image, "
-            "a polygon [x1, y1, x2, y2, ...] 3 points, an RLE its image's size"
-            + (", and every object a segmentation, without which only --head retinanet can be trained" if masks else "")
-            + "; correct them"
-        )
-    rows = np.flatnonzero(sound)
-    rows = rows[np.argsort(owner[rows], kind="stable")]
-    kept = [objects[k] for k in rows]
-    stops = np.bincount(owner[rows], minlength=len(ids)).cumsum()
-    boxes = np.array([o["bbox"] for o in kept], dtype=np.float64).reshape(-1, 4)
-    area = [o["area"] if are_numbers([o.get("area")], 1) else o["bbox"][2] * o["bbox"][3] for o in kept]
-    return Annotations(
-        folder=str(folder),
-        categories=[(k, str(row.get("name", k))) for k, row in zip(category_ids.tolist(), categories)],
-        ids=ids,
-        files=np.array([file_name(image, path) for image in images]),
-        heights=heights,
-        widths=widths,
-        spans=np.stack((np.append(0, stops[:-1]), stops), axis=1),
-        boxes=boxes,
-        labels=label[rows],
-        crowd=np.array([bool(o.get("iscrowd")) for o in kept], dtype=bool),
-        area=np.array(area, dtype=np.float64),
-        masks=Masks.from_coco([o["segmentation"] for o in kept]) if masks else None,
-        broken=broken,
-    )
-
-
-def read_coco(path):
-    """(images, annotations, categories) of a json file: lists of dicts, the first and the last not empty."""
-    keys = ("images", "annotations", "categories")
-    try:
-        content = json.loads(path.read_bytes())
-        parts = [content[key] for key in keys]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a COCO annotation file ({type(error).__name__}: {error}): it must be an object with the "
-            "lists images, annotations and categories; download or export it again"
-        ) from None
-    for key, part in zip(keys, parts):
-        if not isinstance(part, list) or not all(isinstance(row, dict) for row in part):
-            raise UserError(f"{path}: {key!r} is not a list of objects as COCO has it; export the file again")
-        if not part and key != "annotations":
-            raise UserError(f"{path} has no {key}; export it again")
-    return parts
-
-
-def column(rows, key, what, path):
-    """(len(rows),) int64: row[key] of every row. Raises UserError at the first that has no integer there."""
-    for k, row in enumerate(rows):
-        value = row.get(key)
-        if not isinstance(value, (int, float)) or not abs(value) < 2**53 or value != int(value):
-            where = f"id {row['id']}" if "id" in row and key != "id" else f"number {k}"
-            raise UserError(f"{path}: {what} {where} has {key} {value!r}, which is not an integer; correct it")
-    return np.array([row[key] for row in rows], dtype=np.int64)
-
-
-def by_id(rows, what, path):
-    """(the rows in the order of their ids, those ids (n,) int64). Raises UserError where one stands twice."""
-    ids = column(rows, "id", what, path)
-    check_unique(ids.tolist(), what, path)
-    order = np.argsort(ids)
-    return [rows[k] for k in order], ids[order]
-
-
-def check_unique(ids, what, path):
-    """Raise UserError where one of the ids stands twice."""
-    for value, count in collections.Counter(map(str, ids)).most_common(1):
-        if count > 1:
-            raise UserError(f"{path} has the {what} id {value} twice; export it again")
-
-
-def places(objects, key, known, path):
-    """(M,) int64: where the object's `key` is in the ascending ids `known`. Raises UserError where it isn't."""
-    used = column(objects, key, "annotation", path)
-    unknown = np.flatnonzero(~np.isin(used, known))
-    if len(unknown):
-        k = unknown[0]
-        raise UserError(
-            f"{path}: annotation id {objects[k]['id']} has {key} {used[k]}, which the file has no entry for; correct "
-            "or remove it"
-        )
-    return np.searchsorted(known, used)
-
-
-def file_name(image, path):
-    """An image's file name, as the bytes that the system knows it by."""
-    try:
-        name = os.fsencode(image.get("file_name"))
-    except (TypeError, UnicodeEncodeError):
-        name = b""
-    if not name or b"\0" in name:
-        raise UserError(f"{path}: image id {image['id']} has the file_name {image.get('file_name')!r}; correct it")
-    return name
-
-
-def are_numbers(values, count):
-    """Whether this is a list of that many finite numbers, of a size that pixels can have."""
-    sound = isinstance(values, list) and len(values) == count
-    return sound and all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)  # NaN compares false
-
-
-def sound_object(o, size, masks):
-    """Whether an object has a box of positive sides, at least half of it in its image of that (height, width), and a
-    sound mask, which only has to be there if `masks` are needed."""
-    if not are_numbers(o.get("bbox"), 4):
-        return False
-    x, y, w, h = o["bbox"]
-    seen_w, seen_h = min(x + w, size[1]) - max(x, 0), min(y + h, size[0]) - max(y, 0)
-    if w <= 0 or h <= 0 or max(seen_w, 0) * max(seen_h, 0) < w * h / 2:
-        return False
-    segmentation = o.get("segmentation")
-    if not segmentation:
-        return not masks
-    return (sound_runs if isinstance(segmentation, dict) else sound_polygons)(segmentation, size, masks)
-
-
-def sound_runs(segmentation, size, masks):
-    """Whether these are run lengths of the image's (height, width); what they say is only read if `masks` need it."""
-    try:
-        if segmentation["size"] != list(size) or not masks:
-            return segmentation["size"] == list(size) and "counts" in segmentation
-        runs = run_lengths(segmentation["counts"])
-        return runs.ndim == 1 and runs.min() >= 0 and runs.sum() == size[0] * size[1]
-    except (TypeError, ValueError, KeyError, OverflowError):
-        return False
-
-
-def sound_polygons(segmentation, size, masks):
-    """Whether these are polygons of 3 points or more, at most an image's side outside of it."""
-    side = max(size)
-    try:
-        for p in segmentation:
-            if len(p) < 6 or len(p) % 2 or not math.isfinite(sum(p)) or min(p) < -side or max(p) > 2 * side:
-                return False
-        return True
-    except (TypeError, OverflowError):
-        return False
-
-
-def check_files(annotations, path):
-    """Raise UserError unless every image's file is there."""
-    folder = annotations.folder
-    present = {os.fsencode(entry.name) for entry in os.scandir(folder)}
-    for i, name in enumerate(annotations.files.tolist()):
-        if name not in present and not os.path.isfile(annotations.path(i)):  # it may be in a folder of the folder
-            raise UserError(
-                f"{folder} has no file {os.fsdecode(name)!r}, which {path} names for image id {annotations.ids[i]}; "
-                "unpack the images there again"
-            )
-
-
-# A large json's packed form: the arrays of its Annotations in one file, to be memory-mapped.
-
-
-def read_packed(path, folder, masks):
-    """`parse_annotations` once, which says what it takes; later its packed form, while the json stays as it is."""
-    stat, caches = path.stat(), cache_files(path, masks)
-    stamp = [CACHE_VERSION, stat.st_size, stat.st_mtime_ns]
-    for cache in caches:
-        annotations = open_cache(cache, folder, stamp)
-        if annotations is not None:
-            return annotations
-    print(f"reading {path}, once: its packed form will be kept", flush=True)
-    began = time.perf_counter()
-    annotations = parse_annotations(path, folder, masks)
-    kept = next((cache for cache in caches if write_cache(cache, annotations, stamp)), None)
-    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak /= 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    where = f"packed into {kept}" if kept else "no folder for its packed form is writable"
-    print(f"read {path} in {seconds:.0f} s, {peak:.1f} GiB of memory at most; {where}", flush=True)
-    mapped = kept and open_cache(kept, folder, stamp)  # which lets the parsed arrays go
-    return mapped or annotations
-
-
-def cache_files(path, masks):
-    """Where the packed form of a json may be: beside it, or in the user's cache."""
-    name = f"{path.stem}.{'masks' if masks else 'boxes'}.packed"
-    own = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [path.with_name(name), Path(home, "spinenet", own, name)]
-
-
-def write_cache(cache, annotations, stamp):
-    """Write Annotations to a file, all or nothing; whether that worked."""
-    fields = annotations._asdict() | (annotations.masks._asdict() if annotations.masks else {})
-    fields |= {"masks": None, "files": annotations.files.view(np.uint8), "stamp": stamp}  # torch has no arrays of text
-    fields = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in fields.items()}
-    draft = cache.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(fields, draft)
-        os.replace(draft, cache)
-        return True
-    except (OSError, RuntimeError):  # a full disk is a RuntimeError to torch
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        return False
-
-
-def open_cache(cache, folder, stamp):
-    """The Annotations in a cache, memory-mapped; None where there is none, or not a whole one of this stamp."""
-    try:
-        fields = torch.load(cache, mmap=True, weights_only=True)
-        if fields.pop("stamp") != stamp:
-            return None
-        fields = {key: v.numpy() if isinstance(v, torch.Tensor) else v for key, v in fields.items()}
-        if "rle" in fields:
-            fields["masks"] = Masks(*(fields.pop(key) for key in Masks._fields))
-        fields["files"] = fields["files"].view(f"S{fields['files'].size // len(fields['ids'])}")
-        return Annotations(**fields | {"folder": str(folder)})
-    except Exception:  # whatever the file holds, the json is still there to be read
-        return None
-
-
-# Masks: packed, and cropped to their boxes.
-
-
-class Masks(NamedTuple):
-    """The segmentations of M objects, packed.
-
-    Those of object m are the parts first_part[m] to first_part[m + 1], and the numbers of part p are first_value[p] to
-    first_value[p + 1]: a polygon's x, y, x, y, ... in image pixels; or, where rle[m], run lengths in column-major
-    order, background first.
-    """
-
-    values: np.ndarray  # (V,) float64
-    first_value: np.ndarray  # (P + 1,) int64
-    first_part: np.ndarray  # (M + 1,) int64
-    rle: np.ndarray  # (M,) bool
-
-    @classmethod
-    def from_coco(cls, segmentations):
-        """From COCO's form: lists of polygons, or dicts with run lengths of either kind."""
-        parts = [[run_lengths(s["counts"])] if isinstance(s, dict) else s for s in segmentations]
-        flat = [np.asarray(p, dtype=np.float64) for one in parts for p in one]
-        return cls(
-            np.concatenate([np.zeros(0), *flat]),
-            np.cumsum([0] + [len(p) for p in flat]),
-            np.cumsum([0] + [len(one) for one in parts]),
-            np.array([isinstance(s, dict) for s in segmentations], dtype=bool),
-        )
-
-    def parts(self, m):
-        """The parts of object m: polygons (2 n,), or run lengths (n,)."""
-        return [self.values[slice(*self.first_value[p : p + 2])] for p in range(*self.first_part[m : m + 2])]
-
-    def coco(self, m, height, width):
-        """The segmentation of object m in COCO's form."""
-        parts = [part.tolist() for part in self.parts(m)]
-        return {"size": [height, width], "counts": [int(run) for run in parts[0]]} if self.rle[m] else parts
-
-    def crop(self, m, box, height):
-        """Object m inside a box (4,) xyxy of its image: (112, 112) uint8, 1 where a cell's centre is in the object.
-
-        Read straight from the points or runs: no bitmap of the image is made, whatever its size or the box's.
-        """
-        centres = (np.arange(MASK_SIDE) + 0.5) / MASK_SIDE
-        x, y = box[0] + centres * (box[2] - box[0]), box[1] + centres * (box[3] - box[1])
-        if self.rle[m]:  # odd runs are the object's
-            pixels = x.astype(np.int64) * height + y.astype(np.int64)[:, None]
-            return (np.searchsorted(self.parts(m)[0].cumsum(), pixels, side="right") % 2).astype(np.uint8)
-        mask = np.zeros((MASK_SIDE, MASK_SIDE), dtype=np.uint8)
-        for polygon in self.parts(m):
-            mask |= inside_polygon(polygon.reshape(-1, 2), x, y)
-        return mask
-
-
-def run_lengths(counts):
-    """(n,) int64 from COCO's run lengths: a list of them, or their compressed string.
-
-    The string's characters, less 48, are groups of 5 bits, low ones first, 32 marking that more follow, as a signed
-    number: from the fourth run on, the difference to the run before the last. Source: pycocotools' maskApi.c.
-    """
-    if not isinstance(counts, (str, bytes)):
-        return np.asarray(counts, dtype=np.int64)
-    code = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, dtype=np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((code & 32) == 0)  # the last character of each number, and its first
-    starts = np.concatenate(([0], ends + 1))[: len(ends)]
-    place = np.arange(len(code)) - np.repeat(starts, np.diff(starts, append=len(code)))  # of a character in its number
-    values = np.add.reduceat((code & 31) << (5 * place), starts) if len(ends) else code[:0]
-    values -= ((code[ends] & 16) > 0).astype(np.int64) << (5 * (ends - starts + 1))  # the sign
-    for start in (1, 2):
-        values[start::2] = values[start::2].cumsum()
-    return values
-
-
-def inside_polygon(points, x, y):
-    """(len(y), len(x)) uint8: 1 where (x, y) is inside the polygon (n, 2), by the parity of the edges to its left."""
-    ends = np.roll(points, -1, axis=0)
-    edge, row = np.nonzero((points[:, 1:] <= y) != (ends[:, 1:] <= y))  # the edges that cross each row
-    (x0, y0), (x1, y1) = points[edge].T, ends[edge].T
-    crossing = x0 + (y[row] - y0) * (x1 - x0) / (y1 - y0)
-    column = np.searchsorted(x, crossing)  # the first x that it lies left of
-    # Counts by row and column; the last column is of the crossings that no x lies right of.
-    toggles = np.bincount(row * (len(x) + 1) + column, minlength=len(y) * (len(x) + 1)).reshape(len(y), -1)
-    return (toggles[:, :-1].cumsum(axis=1) % 2).astype(np.uint8)
-
-
-# The generated set. Ranges are uniform unless said otherwise; the README states them.
-SHAPES = {
-    "images": {TRAIN: 600, VAL: 200},
-    "classes": {1: "disc", 2: "square", 4: "triangle", 5: "star", 9: "cross", 12: "ring"},  # by original id
-    "short_side": (160, 208),  # pixels
-    "aspect": (1.0, 1.1, 1.23),  # long side / short side, one of these; sides lie in 160..256
-    "objects": (1, 6),  # per image
-    "object_side": (0.2, 0.85),  # longer side / the image's short side, log-uniform
-    "stretch": (0.8, 1.25),  # of the width against the height
-    "turn": (-20, 20),  # degrees
-    "hue_spread": 12,  # degrees, standard deviation around the class's typical hue; those are 60 degrees apart
-    "visible": 0.6,  # share of an object's pixels that stays uncovered
-    "crowd_share": 0.08,  # of the images: a crowd of 8 to 14 small outlines of one class, a single RLE mask
-}
-# (n, corners): each corner is (direction in degrees, distance), and stands n times around the centre. A ring is a disc
-# with a hole.
-OUTLINES = {
-    "disc": (40, [(0, 1)]), "square": (4, [(45, 1)]), "triangle": (3, [(-90, 1)]), "ring": (40, [(0, 1)]),
-    "star": (5, [(-90, 1), (-54, 0.4)]), "cross": (4, [(-18.4, 1), (18.4, 1), (45, 0.447)]),
-}  # fmt: skip
-
-
-def random_outline(rng, kind, side, size):
-    """A polygon (n, 2) in pixels, of longer side `side`, turned, stretched and placed inside (width, height)."""
-    repeats, corners = OUTLINES[kind]
-    direction, distance = np.array(corners).T
-    angle = np.deg2rad(rng.uniform(*SHAPES["turn"]) + direction + np.arange(repeats)[:, None] * 360 / repeats)
-    stretch = rng.uniform(*SHAPES["stretch"]) ** 0.5
-    polygon = np.stack((distance * np.cos(angle) * stretch, distance * np.sin(angle) / stretch), axis=-1).reshape(-1, 2)
-    polygon = (polygon - polygon.min(axis=0)) * (side / np.ptp(polygon, axis=0).max())
-    return polygon + rng.uniform(0, 1, 2) * (size - polygon.max(axis=0))
-
-
-def rasterize(polygon, size):
-    """(H, W) bool: the pixels inside a polygon (n, 2), as pycocotools sees them."""
-    codes = coco_mask.frPyObjects([polygon.ravel().tolist()], int(size[1]), int(size[0]))
-    return coco_mask.decode(codes)[..., 0].astype(bool)
-
-
-def random_object(rng, kind, side, size, crowd):
-    """(mask (H, W) bool, polygon (n, 2), or None where only a run-length code can tell the mask)."""
-    if crowd:
-        corner, room = rng.uniform(0, 1, 2) * (size - side), np.array([side, side])
-        parts = [random_outline(rng, kind, side / 5, room) + corner for _ in range(rng.integers(8, 15))]
-        return np.any([rasterize(part, size) for part in parts], axis=0), None
-    polygon = random_outline(rng, kind, side, size).round(2)
-    if kind == "ring":
-        middle = polygon.mean(axis=0)
-        return rasterize(polygon, size) & ~rasterize((polygon + middle) / 2, size), None
-    return rasterize(polygon, size), polygon
-
-
-def random_ground(rng, size):
-    """(H, W, 3) float64: blotches, stripes and grain."""
-    blotches = rng.integers(60, 200, (*rng.integers(3, 9, 2), 3), dtype=np.uint8)
-    image = np.array(Image.fromarray(blotches).resize(size.tolist(), Image.Resampling.BICUBIC), dtype=np.float64)
-    image = 0.6 * image.mean(axis=2, keepdims=True) + 0.4 * image
-    y, x = np.mgrid[: size[1], : size[0]]
-    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 30)
-    image += rng.uniform(0, 22) * np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period)[..., None]
-    return image + rng.normal(0, rng.uniform(2, 12), image.shape)
-
-
-def random_scene(rng):
-    """An image (H, W, 3) uint8 and its objects: dicts of category_id, iscrowd, mask (H, W) bool, polygon or None,
-    and whole: the number of its pixels before others came to cover it."""
-    short = rng.integers(*SHAPES["short_side"], endpoint=True)
-    size = np.array([int(short * rng.choice(SHAPES["aspect"])), short])[:: rng.choice((1, 1, -1))]  # width, height
-    image = random_ground(rng, size)
-    objects, ids = [], list(SHAPES["classes"])
-    count = rng.integers(*SHAPES["objects"], endpoint=True)
-    for k in range(count + (rng.random() < SHAPES["crowd_share"])):
-        crowd, category = k == count, int(rng.choice(ids))
-        side = short * (0.5 if crowd else np.exp(rng.uniform(*np.log(SHAPES["object_side"]))))
-        for _ in range(20):  # other places, until enough of what lies below stays visible
-            mask, polygon = random_object(rng, SHAPES["classes"][category], side, size, crowd)
-            if all((o["mask"] & ~mask).sum() >= SHAPES["visible"] * o["whole"] for o in objects):
-                break
-        else:
-            continue
-        for o in objects:
-            if (o["mask"] & mask).any():
-                o["mask"], o["polygon"] = o["mask"] & ~mask, None
-        hue = ids.index(category) / len(ids) + rng.normal(0, SHAPES["hue_spread"]) / 360
-        colour = np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.55, 0.95), rng.uniform(0.6, 0.95))) * 255
-        shade = 1 + rng.choice((-0.12, 0.12)) * np.linspace(-1, 1, size[0])[np.nonzero(mask)[1]]
-        image[mask] = colour * shade[:, None] + rng.normal(0, 6, (len(shade), 3))
-        new = {"category_id": category, "iscrowd": int(crowd), "mask": mask, "whole": mask.sum(), "polygon": polygon}
-        objects.append(new)
-    return image.clip(0, 255).astype(np.uint8), objects
-
-
-def coco_object(o):
-    """A scene's object as COCO writes it: a polygon where it suffices, else uncompressed run lengths."""
-    code = coco_mask.encode(np.asfortranarray(o["mask"], dtype=np.uint8))
-    if o["polygon"] is not None:
-        low, high = o["polygon"].min(axis=0), o["polygon"].max(axis=0)
-        segmentation, box = [o["polygon"].ravel().tolist()], [*low, *(high - low)]
-    else:
-        segmentation = {"size": list(o["mask"].shape), "counts": run_lengths(code["counts"]).tolist()}
-        box = coco_mask.toBbox(code)
-    row = {"bbox": [round(float(v), 2) for v in box], "area": float(coco_mask.area(code))}
-    return {k: o[k] for k in ("category_id", "iscrowd")} | row | {"segmentation": segmentation}
-
-
-def write_shapes(root):
-    """Write the generated set under `root`, in COCO's layout, unless it is there; the same files at every call."""
-    if all(split_paths(root, split)[0].exists() for split in SHAPES["images"]):
-        return
-    if Path(root).exists():
-        raise UserError(f"{root} exists, but is not the generated set; remove it, and it will be written again")
-    print(f"writing the generated shapes to {root}", flush=True)
-    draft = Path(f"{root}.{uuid.uuid4().hex}.tmp")
-    for s, (split, count) in enumerate(SHAPES["images"].items()):
-        path, folder = split_paths(draft, split)
-        make_folder(folder)
-        make_folder(path.parent)
-        images, annotations = [], []
-        for k in range(count):
-            scene, objects = random_scene(np.random.default_rng((0, s, k)))
-            image_id = (s + 1) * 10000 + 7 * k
-            name = f"{image_id:012d}.jpg"
-            Image.fromarray(scene).save(folder / name, quality=92)
-            images.append({"id": image_id, "file_name": name, "height": scene.shape[0], "width": scene.shape[1]})
-            for o in objects:
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id} | coco_object(o))
-        categories = [{"id": k, "name": name} for k, name in SHAPES["classes"].items()]
-        content = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-        path.write_text(json.dumps(content))
-    try:
-        os.rename(draft, root)
-    except OSError:
-        shutil.rmtree(draft)
-        if not Path(root).exists():  # else another process has just put its own, equal copy there
-            raise
-
-
-def resolve_root(data):
-    """The folder that `--data` names; for the name `shapes`, the generated set in data/shapes, written on first use."""
-    if data != "shapes":
-        return Path(data)
-    root = Path("data/shapes")
-    write_shapes(root)
-    return root
-
-
-# The command line.
-
-
-def show(dataset, count, out):
-    """Write the first `count` augmented samples, with their boxes and masks, as PNG files."""
-    from evaluate import draw_objects  # only here: evaluate.py imports this file
-
-    make_folder(out)
-    names = [name for _, name in dataset.annotations.categories]
-    for n in range(count):
-        sample = dataset[n]
-        real = sample["labels"] >= 0
-        masks = sample["masks"][real] if "masks" in sample else None
-        drawn = draw_objects(sample["image"], sample["boxes"][real], sample["labels"][real], names, masks=masks)
-        Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(out / f"{n:03d}.png")
-    print(f"wrote {count} samples to {out}")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Look at a data set as training sees it.")
-    add = parser.add_argument
-    add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
-    add("--split", default=TRAIN, help=f"default {TRAIN}")
-    add("--masks", action="store_true", help="with masks, as Mask R-CNN is trained")
-    add("--check", action="store_true", help="decode every image and list the bad ones")
-    add("--show", type=int, default=0, metavar="N", help="write N augmented samples with their objects")
-    add("--size", type=int, default=640, help="side of the network's input (default 640)")
-    add("--jitter", type=float, nargs=2, default=(0.5, 2.0), metavar=("LOW", "HIGH"))
-    add("--out", type=Path, default=Path("runs/show"), help="where --show writes (default runs/show)")
-    args = parser.parse_args(argv)
-    if args.size <= 0 or args.show < 0 or not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
-        raise UserError("--size must be positive, --show not negative, and --jitter 0 < LOW <= HIGH")
-
-    annotations = load_annotations(resolve_root(args.data), args.split, args.masks)
-    print(f"{args.split}: {annotations.summary()}")
-    dataset = TrainSet(annotations, args.size, args.jitter)
-    if args.show:
-        show(dataset, args.show, args.out)
-    if args.check:
-        bad = []
-        for i in tqdm(range(len(annotations.ids)), desc="decoding", disable=None):
-            try:
-                read_checked(annotations, i)
-            except UserError as error:
-                bad.append(str(error))
-        print("\n".join(bad + [f"{len(bad)} of {len(annotations.ids)} images are bad"]))
-        if bad:
-            raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    with one_sentence():
-        main()
+    # Forked workers share the annotations; Python 3.14's default would copy them into each.
+    how = "fork" if workers and sys.platform == "linux" else None
+    options = {"num_workers": workers, "multiprocessing_context": how, "worker_init_fn": leave_signals_to_main}
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory, **options)

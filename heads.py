@@ -298,10 +298,9 @@ def roi_features(pyramid, boxes, side):
 def detect(scores, boxes, size):
     """The detections of one image, best first: a dict of boxes (N, 4), scores (N,), labels (N,), N <= 100.
 
-    scores (A, K) in 0..1; boxes (A, K, 4), or (A, 1, 4) where the classes share them, in pixels of the network's
-    input; size (2,): (height, width) of the image's own region, to which boxes are clipped. Scores above 0.05,
-    per-class NMS at IoU 0.5.
-    Source: RetinaNet section 4.1, "Inference"; Mask R-CNN section 3.1; authors' postprocess_ops.py.
+    scores (A, K) in 0..1; boxes (A, K, 4), or (A, 1, 4) where the classes share them, in pixels of the network's input;
+    size (2,): (height, width) of the image's own region, to which boxes are clipped. Scores above 0.05, per-class NMS
+    at IoU 0.5. Source: RetinaNet section 4.1, "Inference"; Mask R-CNN section 3.1; authors' postprocess_ops.py.
     """
     num_classes = scores.shape[1]
     scores = scores.flatten()  # (A K,)

@@ -219,11 +219,10 @@ class RoIs(NamedTuple):
 def sample_rois(proposals, targets, count, foreground_count):
     """RoIs: `count` per image, at most `foreground_count` of them foreground, drawn from proposals and objects.
 
-    proposals: B tensors (N, 4), N <= 1000. Foreground overlaps an object by more than IoU 0.5, background every
-    object by less; exactly 0.5 is neither. Both are picked by `random_keys` over the proposals, padded to 1000, and
-    then the objects. Background takes all places that foreground leaves; where there is not enough of it, the rest is
-    padding of zero boxes.
-    Source: Fast R-CNN section 2.3; authors' target_ops.py.
+    proposals: B tensors (N, 4), N <= 1000. Foreground overlaps an object by more than IoU 0.5, background every object
+    by less; exactly 0.5 is neither. Both are picked by `random_keys` over the proposals, padded to 1000, and then the
+    objects. Background takes all places that foreground leaves; where there is not enough of it, the rest is padding of
+    zero boxes. Source: Fast R-CNN section 2.3; authors' target_ops.py.
     """
     device = targets["labels"].device
     real = torch.stack([torch.arange(MAX_PROPOSALS, device=device) < len(p) for p in proposals])

@@ -1,12 +1,12 @@
-"""How do bricks make a SpineNet, and a SpineNet plus heads a detector? (paper sections 3 and 4)
+"""How do bricks make a SpineNet, a SpineNet plus heads a detector, and a file a detector again? (sections 3, 4)
 
 Dimensions: B images, C channels, H x W pixels, A anchors, K classes. Level L has stride 2^L.
 
-    python model.py                             parameters and multiply-adds of every row, beside the paper's
-    python model.py --arch 49 --draw FILE.svg   a picture of the network, like the paper's Figure 4
+    python model.py     parameters and multiply-adds of every row, beside the paper's
 """
 
-import argparse
+import pickle
+import zipfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,6 +88,15 @@ class Arch:
         """Channels of a residual block at `level`; a bottleneck there has four times as many."""
         return int(BASE_WIDTH[level] * self.filter_scale)
 
+    def plain(self):
+        """This Arch as a dict of plain values, from which `Arch.of` makes it again: what a checkpoint stores."""
+        return vars(self) | {"spine": tuple(tuple(block) for block in self.spine)}
+
+    @classmethod
+    def of(cls, plain):
+        """The Arch of a dict of plain values."""
+        return cls(**plain | {"spine": tuple(Block(*block) for block in plain["spine"])})
+
 
 ARCHS = {
     "49S": Arch(0.65, 0.5, 1, 128, 128, 4, 3, rcnn_channels=128, rcnn_fc_channels=512),
@@ -104,8 +113,7 @@ class SpineNet(nn.Module):
     """The backbone: images (B, 3, H, W), normalized -> features P3..P7, each (B, endpoint, H / 2^L, W / 2^L).
 
     `drop_path` is stochastic depth's rate at the last block, growing linearly from the first (protocol C);
-    `drop_rate` is DropBlock's (protocol A). The stem and the block groups up to level `recompute`, an attribute, keep
-    only their inputs for backward. Raises ValueError where H or W is not a multiple of 128.
+    `drop_rate` is DropBlock's (protocol A). Raises ValueError where H or W is not a multiple of 128.
     Source: paper section 3, Figure 4d; authors' spinenet.py.
     """
 
@@ -132,37 +140,31 @@ class SpineNet(nn.Module):
                 for p in block.parents
             )
             drop = drop_path * (block.number - 1) / len(arch.spine)  # r (i - 1) / 15: linear by block
-            self.groups[str(block.number)] = blocks.block_group(
-                block.kind, out, width, arch.repeats, drop_path=drop, **options
-            )
+            group = blocks.block_group(block.kind, out, width, arch.repeats, drop_path=drop, **options)
+            self.groups[str(block.number)] = group
             level[block.number], channels[block.number] = block.level, out
 
         self.outputs = {block.level: block.number for block in arch.spine if block.output}
         for L in LEVELS:
             self.endpoints[str(L)] = blocks.ConvBN(channels[self.outputs[L]], arch.endpoint_channels, 1, 1, activation)
         self.activation = blocks.ACTIVATIONS[activation]
-        self.recompute = 0
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 blocks.init_conv_(module)
 
     def forward(self, x):
         check_size(*x.shape[-2:])
-        x = self.run(STEM_LEVEL, self.stem, x)  # (B, 64, H/4, W/4)
+        x = self.stem(x)  # (B, 64, H/4, W/4)
         features = {}
         for number in range(STEM_BLOCKS):
-            x = features[number] = self.run(STEM_LEVEL, self.groups[str(number)], x)
+            x = features[number] = self.groups[str(number)](x)
         for block in self.spine:
             resamples = self.resamples[str(block.number)]
             parts = [resample(features[p]) for p, resample in zip(block.parents, resamples)]
             parts += [features[p] for p in block.as_is]  # all (B, C, H / 2^L, W / 2^L)
             fused = self.activation(sum(parts[1:], start=parts[0]))
-            features[block.number] = self.run(block.level, self.groups[str(block.number)], fused)
+            features[block.number] = self.groups[str(block.number)](fused)
         return [self.endpoints[str(L)](features[self.outputs[L]]) for L in LEVELS]
-
-    def run(self, level, module, x):
-        """module(x), at levels up to `recompute` kept only as its input."""
-        return blocks.recomputed(module, x) if level <= self.recompute else module(x)
 
 
 class Normalize(nn.Module):
@@ -196,14 +198,13 @@ class RetinaNet(nn.Module):
     options = ("activation", "drop_path", "drop_rate")  # what of the recipe it is built with
     masks = False  # whether it needs and gives masks
 
-    def __init__(self, arch, num_classes, activation="relu", drop_path=0.0, drop_rate=0.0):
+    def __init__(self, arch, num_classes, activation="relu", **drop):
         super().__init__()
-        self.anchor_size = arch.anchor_size
+        self.arch, self.anchor_size = arch, arch.anchor_size
         self.normalize = Normalize()
-        self.backbone = SpineNet(arch, activation, drop_path, drop_rate)
-        self.head = heads.RetinaNetHead(
-            arch.endpoint_channels, arch.head_channels, arch.head_convs, num_classes, activation
-        )
+        self.backbone = SpineNet(arch, activation, **drop)
+        sizes = arch.endpoint_channels, arch.head_channels, arch.head_convs
+        self.head = heads.RetinaNetHead(*sizes, num_classes, activation)
 
     def forward(self, images, targets=None, sizes=None):
         class_logits, box_codes = self.every_layer(self.normalize(images))  # (B, A, K), (B, A, 4)
@@ -231,20 +232,11 @@ class MaskRCNN(nn.Module):
     options = ("activation", "drop_path", "drop_rate", "rois", "mask_rois")
     masks = True
 
-    def __init__(
-        self,
-        arch,
-        num_classes,
-        activation="relu",
-        drop_path=0.0,
-        drop_rate=0.0,
-        rois=loss.ROIS,
-        mask_rois=loss.MASK_ROIS,
-    ):
+    def __init__(self, arch, num_classes, rois=loss.ROIS, mask_rois=loss.MASK_ROIS, activation="relu", **drop):
         super().__init__()
-        self.anchor_size, self.rois, self.mask_rois = arch.rcnn_anchor_size, rois, mask_rois
+        self.arch, self.anchor_size, self.rois, self.mask_rois = arch, arch.rcnn_anchor_size, rois, mask_rois
         self.normalize = Normalize()
-        self.backbone = SpineNet(arch, activation, drop_path, drop_rate)
+        self.backbone = SpineNet(arch, activation, **drop)
         sizes = arch.endpoint_channels, arch.rcnn_channels
         self.rpn = heads.RPNHead(*sizes, arch.rpn_convs, activation)
         self.box_head = heads.BoxHead(*sizes, arch.rcnn_convs, arch.rcnn_fc_channels, num_classes, activation)
@@ -253,9 +245,8 @@ class MaskRCNN(nn.Module):
     def forward(self, images, targets=None, sizes=None):
         features = self.backbone(self.normalize(images))  # P3..P7
         objectness, codes = self.rpn(features)  # by level: (B, A_L), (B, A_L, 4)
-        anchors = heads.make_anchors(tuple(images.shape[-2:]), self.anchor_size, images.device, heads.RPN_SCALES).split(
-            [level.shape[1] for level in objectness]
-        )
+        anchors = heads.make_anchors(tuple(images.shape[-2:]), self.anchor_size, images.device, heads.RPN_SCALES)
+        anchors = anchors.split([level.shape[1] for level in objectness])  # by level: (A_L, 4)
         sizes = own_regions(images, sizes)
         candidates = heads.TEST_CANDIDATES if targets is None else heads.TRAIN_CANDIDATES
         proposals = heads.propose(objectness, codes, anchors, sizes, candidates)  # B x (N, 4)
@@ -322,25 +313,19 @@ def check_size(height, width):
         )
 
 
-# What the paper and the authors' MODEL_ZOO print. The figures of RetinaNet 49S and of Mask R-CNN 190 match no released
-# configuration of theirs.
-PUBLISHED = {  # head: (arch, size, parameters in millions, multiply-adds in billions)
-    "retinanet": (
-        ("49S", 640, "12.0", "33.8"),
-        ("49", 640, "28.5", "85.4"),
-        ("49", 896, "28.5", "167.4"),
-        ("96", 1024, "43.0", "265.4"),
-        ("143", 1280, "66.9", "524.4"),
-        ("190", 1280, "163.6", "1885"),
-    ),
-    "mask_rcnn": (
-        ("49S", 640, "13.9", "60.2"),
-        ("49", 640, "40.8", "216.1"),
-        ("96", 1024, "55.2", "315.0"),
-        ("143", 1280, "79.2", "498.8"),
-        ("190", 1536, "168.2", "1685.7"),
-    ),
-}
+PUBLISHED = (  # in the paper and MODEL_ZOO: head, arch, size, parameters in millions, multiply-adds in billions
+    ("retinanet", "49S", 640, "12.0", "33.8"),
+    ("retinanet", "49", 640, "28.5", "85.4"),
+    ("retinanet", "49", 896, "28.5", "167.4"),
+    ("retinanet", "96", 1024, "43.0", "265.4"),
+    ("retinanet", "143", 1280, "66.9", "524.4"),
+    ("retinanet", "190", 1280, "163.6", "1885"),
+    ("mask_rcnn", "49S", 640, "13.9", "60.2"),
+    ("mask_rcnn", "49", 640, "40.8", "216.1"),
+    ("mask_rcnn", "96", 1024, "55.2", "315.0"),
+    ("mask_rcnn", "143", 1280, "79.2", "498.8"),
+    ("mask_rcnn", "190", 1536, "168.2", "1685.7"),
+)
 # COCO's largest category id is 90; the authors keep an output for each and for 0, which is Mask R-CNN's background.
 PUBLISHED_CLASSES = {"retinanet": 91, "mask_rcnn": 90}
 
@@ -359,79 +344,86 @@ def count(arch, size, head="retinanet"):
     return parameters, counter.get_total_flops() // 2
 
 
-KIND_COLOURS = {"bottleneck": "#f4a261", "residual": "#8ecae6"}
-
-
-def draw(arch):
-    """The scale-permuted network as SVG text, after the paper's Figure 4d: blocks in order from the left, levels up,
-    kinds by colour, a line from every parent (dashed where it joins unresampled), outputs with a thick frame."""
-    stem = [Block(number, STEM_LEVEL, "bottleneck", (number - 1,) if number else ()) for number in range(STEM_BLOCKS)]
-    numbered = {block.number: block for block in (*stem, *arch.spine)}
-    top, side, step = max(LEVELS), 36, 62
-    place = {
-        number: (70 + 58 * k, 40 + step * (top - block.level)) for k, (number, block) in enumerate(numbered.items())
-    }
-    width, bottom = max(x for x, _ in place.values()) + 60, 40 + step * (top - STEM_LEVEL)
-    parts = [f'<rect width="{width}" height="{bottom + 90}" fill="white"/>']
-    for level in range(STEM_LEVEL, top + 1):
-        y = 40 + step * (top - level)
-        parts.append(f'<line x1="44" y1="{y}" x2="{width - 20}" y2="{y}" stroke="#eeeeee"/>')
-        parts.append(f'<text x="22" y="{y + 5}">L{level}</text>')
-    for number, block in numbered.items():
-        (x1, y1), half = place[number], side // 2
-        for parent in block.parents + block.as_is:
-            x0, y0 = place[parent]
-            dashes = ' stroke-dasharray="4 3"' if parent in block.as_is else ""
-            bend = (x1 - x0) / 2
-            lift = 34 if y0 == y1 and number - parent > 1 else 0  # around the blocks between them
-            curve = f"M{x0 + half} {y0} C{x0 + bend:g} {y0 - lift} {x1 - bend:g} {y1 - lift} {x1 - half} {y1}"
-            parts.append(f'<path d="{curve}" fill="none" stroke="#666666"{dashes}/>')
-    for number, block in numbered.items():
-        x, y = place[number]
-        frame = 'stroke="#c1121f" stroke-width="3"' if block.output else 'stroke="#444444"'
-        box = f'x="{x - side // 2}" y="{y - side // 2}" width="{side}" height="{side}" rx="4"'
-        parts.append(f'<rect {box} fill="{KIND_COLOURS[block.kind]}" {frame}/>')
-        parts.append(f'<text x="{x}" y="{y + 5}">{number}</text>')
-        if block.output:
-            parts.append(f'<text x="{x}" y="{y - side // 2 - 6}" fill="#c1121f">P{block.level}</text>')
-    legend = [*KIND_COLOURS.items(), ("output P3 to P7", "white")]
-    for k, (name, colour) in enumerate(legend):
-        frame = "#444444" if colour != "white" else "#c1121f"
-        x, y = 60 + 190 * k, bottom + 50
-        parts.append(f'<rect x="{x}" y="{y}" width="18" height="18" rx="3" fill="{colour}" stroke="{frame}"/>')
-        repeats = f" x {arch.repeats}" if colour != "white" else ""
-        parts.append(f'<text x="{x + 26}" y="{y + 14}" text-anchor="start">{name}{repeats}</text>')
-    size = f'width="{width}" height="{bottom + 90}"'
-    style = 'font-family="sans-serif" font-size="14" text-anchor="middle"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Print every arch's parameters and multiply-adds beside the paper's.")
-    parser.add_argument("--draw", metavar="FILE", help="write a picture (SVG) of one arch's network instead")
-    parser.add_argument("--arch", default="49", choices=ARCHS, help="of --draw (default 49)")
-    args = parser.parse_args(argv)
-    if args.draw:
-        try:
-            with open(args.draw, "w") as file:
-                file.write(draw(ARCHS[args.arch]))
-        except OSError as error:
-            parser.error(f"--draw {args.draw} can't be written ({error.strerror})")
-        print(f"wrote {args.draw}")
-        return
-    for head, published in PUBLISHED.items():
-        classes = PUBLISHED_CLASSES[head]
+def print_table():
+    """Every arch's parameters and multiply-adds beside the published figures."""
+    for head, classes in PUBLISHED_CLASSES.items():
+        rows = [row for name, *row in PUBLISHED if name == head]
+        rows += [(name, 128, "-", "-") for name in ARCHS if name not in {row[0] for row in rows}]
         print(f"{HEADS[head].__name__} with {classes} classes, one image, beside the published figures")
         print(f"{'arch':>5} {'size':>5} {'parameters':>12} {'paper, M':>9} {'multiply-adds':>18} {'paper, B':>9}")
-        rows = published + tuple((name, 128, "-", "-") for name in ARCHS if name not in {row[0] for row in published})
         for arch, size, paper_parameters, paper_macs in rows:
             parameters, macs = count(arch, size, head)
             print(f"{arch:>5} {size:>5} {parameters:>12,} {paper_parameters:>9} {macs:>18,} {paper_macs:>9}")
-    print(
-        "The paper's figures of RetinaNet 49S and Mask R-CNN 190 match no released configuration; run, the authors' own"
-        " code counts 11,265,942 and 30.8 B, 176,198,465 and 2074 B"
-    )
+    print("The paper's figures of RetinaNet 49S and Mask R-CNN 190 match no released configuration; run, the authors'")
+    print("own code counts 11,265,942 and 30.8 B, 176,198,465 and 2074 B")
+
+
+# A model from a file.
+
+
+class UserError(Exception):
+    """A mistake in the arguments or a fault in the data: one sentence that says what, where and what to do."""
+
+
+CHECKPOINT = {"model", "optimizer", "scaler", "step", "evaluated", "best", "skipped", "recipe", "categories"}
+
+
+def load_checkpoint(path):
+    """A checkpoint of train.py as a dict, loaded without running any code in it. Raises UserError where it is none.
+
+    Its recipe's "network" is the whole Arch as plain values: a file says its own network, whatever ARCHS has today.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; train.py writes last.pt and best.pt into its --out") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not a checkpoint of tensors and plain values, so it was not loaded") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} can't be read as a checkpoint ({reason}); it may be truncated") from None
+    lacking = CHECKPOINT - set(checkpoint) if isinstance(checkpoint, dict) else CHECKPOINT
+    if lacking:
+        raise UserError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(lacking))}")
+    try:
+        Arch.of(checkpoint["recipe"]["network"])
+        known = checkpoint["recipe"]["head"] in HEADS and checkpoint["recipe"]["activation"] in blocks.ACTIVATIONS
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"{path} doesn't say its network: another version of train.py wrote it; load it with that one")
+    return checkpoint
+
+
+def load_model(checkpoint, place):
+    """The detector that a checkpoint describes, in evaluation mode, on the device of an evaluate.Place."""
+    recipe, classes = checkpoint["recipe"], len(checkpoint["categories"])
+    detector = build_model(Arch.of(recipe["network"]), recipe["head"], classes, activation=recipe["activation"])
+    detector.load_state_dict(checkpoint["model"])
+    return place.move(detector).eval()
+
+
+def load_weights(detector, checkpoint, categories, path):
+    """Take from a checkpoint what fits by name and shape, class layers only if the classes agree; says what is new."""
+    own, given = detector.state_dict(), checkpoint["model"]
+    if checkpoint["categories"] != categories:
+        given = {name: value for name, value in given.items() if not name.startswith(detector.class_layers)}
+    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    new = [name for name in own if name not in fits]
+    other = differences(checkpoint["recipe"]["network"], detector.arch.plain())
+    if not any(value.ndim > 1 for value in fits.values()):
+        raise UserError(f"--weights {path}: no layer of it fits this model; its network is another: {other}")
+    detector.load_state_dict(fits, strict=False)
+    more = f" and {len(new) - 8} more" if len(new) > 8 else ""
+    network = f"; its network is another: {other}" if other else ""
+    return f"weights: {len(fits)} of {len(own)} tensors from {path}{network}; new: {new[:8]}{more}"
+
+
+def differences(old, new):
+    """What differs between two dicts of plain values, in words: "alpha 0.5 -> 1.0"."""
+    changed = [name for name in new if old.get(name) != new[name]]
+    return ", ".join(f"{name} {str(old.get(name)):.60} -> {str(new[name]):.60}" for name in changed)
 
 
 if __name__ == "__main__":
-    main()
+    print_table()

@@ -1,9 +1,7 @@
-"""What is the recipe, and the loop? Protocols, learning rate, checkpoints, one loop for 1 CPU to N GPUs.
+"""What is the recipe, and the loop? Protocols, learning rate, one step, one loop for 1 CPU to N GPUs.
 
-Read on to `fit`: the tables of the recipe, the learning rate, one optimizer step, and the loop. What these stand on
-follows, to be looked up: checkpoints and log, how arguments become a recipe, what comes before the first step.
-
-Dimensions: B images of a micro-batch on one rank; an optimizer step sees ranks x B x accumulation images.
+In reading order: the recipe's tables, the learning rate, one optimizer step, which sees ranks x micro-batch x
+accumulation images, the loop, what it stands on, and the way from the command line to it.
 
     python train.py --arch tiny --size 128 --protocol toy --data shapes
     torchrun --nproc_per_node 8 train.py --arch 49 --size 640 --protocol B
@@ -11,137 +9,86 @@ Dimensions: B images of a micro-batch on one rank; an optimizer step sees ranks 
 
 import argparse
 import contextlib
-import dataclasses
-import itertools
 import json
 import math
 import os
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from blocks import BN_MOMENTUM
-from data import (
-    TRAIN,
-    VAL,
-    Annotations,
-    TrainSet,
-    UserError,
-    collate,
-    load_annotations,
-    make_folder,
-    make_loader,
-    micro_batches,
-    one_sentence,
-    require_split,
-    resolve_root,
-    split_paths,
-)
-from evaluate import AMP, Place, evaluate, finish, first_of_machine_first, load_checkpoint, start, write_grid
+from data import TRAIN, VAL, TrainSet, load_annotations, make_loader, micro_batches, resolve_root, split_paths
+from evaluate import AMP, evaluate, finish, make_folder, one_process_first, one_sentence, start, write_grid
 from loss import MASK_ROIS, ROIS
-from model import ARCHS, HEADS, MULTIPLE, build_model, check_size
+from model import ARCHS, HEADS, MULTIPLE, Arch, UserError, build_model, differences, load_checkpoint, load_weights
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """One training recipe (paper section 5.1 and its tables' captions; authors' yaml files)."""
-
-    jitter: tuple  # scale jitter: the range of the scale
-    epochs: int
-    activation: str = "relu"
-    drop_path: float = 0.0  # stochastic depth at the last block
-    drop_rate: float = 0.0  # DropBlock. Departure: the paper names it for A and gives no number
-    batch_size: int = 256  # global: over all devices and accumulation steps
-    lr: float = 0.28  # per 256 images
-    clip: float = 10.0  # global norm of the gradient
-    rois: int = ROIS  # Mask R-CNN: regions of interest per image
-    mask_rois: int = MASK_ROIS  # and how many of them may be foreground, the ones that get masks
-    flip: bool = True
-    bn_momentum: float = BN_MOMENTUM
-    eval_every: int = 10  # epochs
-
-
-PROTOCOLS = {
-    "A": Protocol((0.8, 1.2), 250, drop_rate=0.1),
-    "B": Protocol((0.5, 2.0), 350),
-    "C": Protocol((0.5, 2.0), 500, activation="swish", drop_path=0.2),
-    # Not in the paper: for shapes on a CPU.
-    "toy": Protocol((0.8, 1.2), 26, batch_size=16, lr=1.2, rois=64, mask_rois=16, eval_every=13),
+# The recipe: a dict, from these tables to the checkpoint (paper section 5.1 and its tables' captions; authors' yaml
+# files). All share: the global batch, over all devices and accumulation steps; the learning rate per 256 images; the
+# gradient's largest norm; stochastic depth at the last block; DropBlock (departure: the paper names it for A and gives
+# no number); epochs between evaluations.
+SHARED = dict(batch_size=256, lr=0.28, clip=10.0, activation="relu", drop_path=0.0, drop_rate=0.0)
+SHARED |= dict(bn_momentum=BN_MOMENTUM, flip=True, eval_every=10)
+PROTOCOLS = {  # jitter: the range of the scale
+    "A": SHARED | dict(jitter=[0.8, 1.2], epochs=250, drop_rate=0.1),
+    "B": SHARED | dict(jitter=[0.5, 2.0], epochs=350),
+    "C": SHARED | dict(jitter=[0.5, 2.0], epochs=500, activation="swish", drop_path=0.2),
+    "toy": SHARED | dict(jitter=[0.8, 1.2], epochs=26, batch_size=16, lr=1.2, eval_every=13),  # not in the paper
 }
-# What a head changes in every protocol (authors' yaml files): Mask R-CNN's gradient is not clipped.
-HEAD_FIELDS = {"retinanet": {}, "mask_rcnn": dict(clip=math.inf)}
-# What the authors' yaml files change for one arch, by (protocol, arch, head).
+# What a head adds to every protocol (authors' yaml files). Mask R-CNN's gradient is not clipped; its images have `rois`
+# regions of interest, of which `mask_rois` may be foreground, the ones that get masks.
+HEAD_FIELDS = {"retinanet": {}, "mask_rcnn": dict(clip=math.inf, rois=ROIS, mask_rois=MASK_ROIS)}
+# What the authors' yaml files change for one arch, by (protocol, head, arch).
 EXCEPTIONS = {
-    ("C", "143", "retinanet"): dict(jitter=(0.1, 1.9), drop_path=0.16),
-    ("C", "190", "retinanet"): dict(jitter=(0.1, 1.9), epochs=400, lr=0.3),
-    ("C", "190", "mask_rcnn"): dict(jitter=(0.1, 2.0), epochs=400),
-    ("toy", "tiny", "mask_rcnn"): dict(epochs=16, eval_every=8),  # not in the paper: a step takes longer
+    ("C", "retinanet", "143"): dict(jitter=[0.1, 1.9], drop_path=0.16),
+    ("C", "retinanet", "190"): dict(jitter=[0.1, 1.9], epochs=400, lr=0.3),
+    ("C", "mask_rcnn", "190"): dict(jitter=[0.1, 2.0], epochs=400),
+    ("toy", "mask_rcnn"): dict(rois=64, mask_rois=16),  # not in the paper, nor the next
+    ("toy", "mask_rcnn", "tiny"): dict(epochs=16, eval_every=8),
 }
 # What --overfit changes in any protocol. In few steps a momentum of 0.01 does not forget batch norm's initial variance.
-OVERFIT = dict(jitter=(1.0, 1.0), flip=False, epochs=400, eval_every=100, bn_momentum=0.1)
+OVERFIT = dict(jitter=[1.0, 1.0], flip=False, epochs=400, eval_every=100, bn_momentum=0.1)
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 4e-5
-WARMUP_LR, WARMUP_STEPS = 0.0067, 2000  # both for a batch of 256
-LR_BATCH = 256
+LR_BATCH, WARMUP_LR, WARMUP_STEPS = 256, 0.0067, 2000  # rates and the warm-up's length are for a batch of 256
 DROPS = (30, 10)  # epochs before the end at which the learning rate is divided by 10
 # Departure, for runs that the paper has not: under 60 epochs the drops are shares of the run, and the warm-up is at
 # most a tenth of any run.
 SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
 
-RECOMPUTE = (0, 2, 7)  # --recompute: keep all activations; recompute the stem's level; recompute every block group
-# What a step needs under autocast with ReLU, in GB: whatever the images (16 bytes per parameter), and for each image of
-# this size with --recompute 0, 2, 7. By account, not by measurement: tests/bench_step.py --memory. Other sizes scale by
-# area. Swish keeps its inputs, DropBlock its masks: with either, an image needs at most SWISH times as much.
-MEMORY = {  # (head, arch): (size, fixed, (per image))
-    ("retinanet", "49S"): (640, 0.18, (0.415, 0.320, 0.284)),
-    ("retinanet", "49"): (640, 0.45, (0.589, 0.460, 0.405)),
-    ("retinanet", "96"): (1024, 0.68, (2.018, 1.386, 1.037)),
-    ("retinanet", "143"): (1280, 1.07, (4.129, 2.671, 1.799)),
-    ("retinanet", "190"): (1280, 2.61, (6.870, 4.411, 2.859)),
-    ("retinanet", "tiny"): (640, 0.03, (0.235, 0.179, 0.165)),
-    ("mask_rcnn", "49S"): (640, 0.22, (0.585, 0.490, 0.454)),
-    ("mask_rcnn", "49"): (640, 0.65, (0.901, 0.772, 0.717)),
-    ("mask_rcnn", "96"): (1024, 0.88, (2.112, 1.480, 1.130)),
-    ("mask_rcnn", "143"): (1280, 1.27, (4.022, 2.564, 1.692)),
-    ("mask_rcnn", "190"): (1536, 2.82, (9.473, 5.932, 3.696)),
-    ("mask_rcnn", "tiny"): (640, 0.03, (0.291, 0.234, 0.221)),
-}
+# Images of 640 x 640 that 16 GB hold under autocast with ReLU, (RetinaNet, Mask R-CNN): by account, not by measurement
+# (tools/bench_step.py --memory). Swish keeps its inputs, DropBlock its masks: either takes at most SWISH times as much.
+FITS = {"tiny": (59, 47), "49S": (33, 23), "49": (23, 14), "96": (16, 11), "143": (12, 9), "190": (6, 4)}
 SWISH = 1.46
-PLANNED = 14 / 16  # of a device's memory: the rest is for what the account leaves out
-SAVE_SECONDS = 15 * 60
-PRINT_EVERY = 50  # steps
-MAX_WAITING = 0.2  # share of the time that may be spent on waiting for data without a warning
+SAVE_SECONDS, PRINT_STEPS, MAX_WAITING = 15 * 60, 50, 0.2  # the last: share of the time, above which a warning comes
 
 
 def schedule(epochs, steps_per_epoch, batch_size, lr):
-    """(peak, warm-up's first rate, warm-up's steps, step of the first drop, step of the second, all steps)."""
+    """The learning rate's corners, four (step, rate): warm-up's start and end, and the two drops."""
     scale, total = batch_size / LR_BATCH, epochs * steps_per_epoch
     warmup = min(WARMUP_STEPS / scale, total * LONGEST_WARMUP)
+    drops = [(epochs - before) * steps_per_epoch for before in DROPS]
     if epochs < SHORT_RUN:
-        first, second = (math.ceil(total * share) for share in SHORT_DROPS)
-    else:
-        first, second = ((epochs - before) * steps_per_epoch for before in DROPS)
-    return lr * scale, WARMUP_LR * scale, warmup, first, second, total
+        drops = [math.ceil(total * share) for share in SHORT_DROPS]
+    peak = lr * scale
+    return (0, WARMUP_LR * scale), (warmup, peak), (drops[0], peak / 10), (drops[1], peak / 100)
 
 
-def lr_at(step, epochs, steps_per_epoch, batch_size=LR_BATCH, lr=Protocol.lr):
+def lr_at(step, epochs, steps_per_epoch, batch_size=LR_BATCH, lr=SHARED["lr"]):
     """The learning rate of a step, a pure function: linear warm-up, then the peak, a tenth, a hundredth of it.
 
     `lr` is per 256 images; the peak is lr * batch_size / 256. Source: paper section 5.1; authors' yaml files.
     """
-    peak, start, warmup, first, second, _ = schedule(epochs, steps_per_epoch, batch_size, lr)
+    (_, lowest), (warmup, peak), *drops = schedule(epochs, steps_per_epoch, batch_size, lr)
     if step < warmup:
-        return start + (step / warmup) * (peak - start)
-    return peak if step < first else peak / 10 if step < second else peak / 100
+        return lowest + (step / warmup) * (peak - lowest)
+    return ([peak] + [rate for drop, rate in drops if step >= drop])[-1]
 
 
 def make_optimizer(model):
@@ -152,35 +99,29 @@ def make_optimizer(model):
     return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM)
 
 
-def make_scaler(place):
-    """The gradient scaler of float16; switched off in any other precision."""
-    return torch.amp.GradScaler(place.device.type, enabled=place.amp is torch.float16)
-
-
-def train_step(model, batches, accumulate, optimizer, scaler, lr, clip, place, noise_key=(0, 0)):
+def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
     """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the gradient's norm before clipping.
 
-    The first `accumulate` micro-batches of the iterable `batches` are used and their losses averaged. noise_key is
-    (seed, step): from it, the micro-step and the rank, stochastic depth and DropBlock draw. Nothing is read back
-    from the device but by GradScaler.
+    batches: this rank's micro-batches of the step. Nothing is read back from the device but by GradScaler.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     means = {}
-    for t, batch in enumerate(itertools.islice(batches, accumulate)):
-        torch.manual_seed(int(np.random.SeedSequence((*noise_key, t, place.rank)).generate_state(1)[0]))
+    for t, batch in enumerate(batches):
+        # Stochastic depth and DropBlock draw from this seed, so that a resumed run draws as one that never stopped.
+        torch.manual_seed(int(np.random.SeedSequence((recipe["seed"], step, t, place.rank)).generate_state(1)[0]))
         targets = {k: v.to(place.device, non_blocking=True) for k, v in batch.items() if k != "image"}
-        last = t == accumulate - 1
+        last = t == len(batches) - 1  # only then are the gradients averaged over the ranks
         with contextlib.nullcontext() if last or place.world == 1 else model.no_sync():
             with place.autocast():
                 losses = model(place.move(batch["image"]), targets, targets["region"])
-            scaler.scale(sum(losses.values()) / accumulate).backward()
+            scaler.scale(sum(losses.values()) / len(batches)).backward()
         for name, value in losses.items():
-            means[name] = means.get(name, 0) + value.detach() / accumulate
+            means[name] = means.get(name, 0) + value.detach() / len(batches)
     scaler.unscale_(optimizer)
     # Departure: the authors' clipped gradient contains weight decay's; SGD adds it after the clipping here.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
     scaler.step(optimizer)
     scaler.update()
     return means, norm
@@ -191,252 +132,136 @@ def read_step(means, norm, stop, place):
     values = torch.stack([*means.values(), torch.full_like(norm, float(stop))])
     if place.world > 1:
         dist.all_reduce(values)
+    # The norm is the averaged gradient's, so all ranks have the same.
     *losses, stop, norm = torch.cat((values / place.world, norm[None])).tolist()
     return dict(zip(means, losses)), norm, stop > 0
 
 
-# The loop.
+def fit(parts, state, samples, val, place, out, workers):
+    """The loop: from state["step"] to the last step, or until a signal asks to stop; whether it came to the end.
 
-
-@dataclass
-class Run:
-    """The parts of one training run; `model` is `detector`, wrapped where there are several ranks."""
-
-    recipe: dict
-    place: Place
-    out: Path
-    workers: int
-    train: Annotations
-    val: Annotations
-    detector: nn.Module
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    state: dict  # step, evaluated (the step of the last evaluation), best (AP), skipped (fp16 overflows)
-    tensorboard: bool = False
-
-    @property
-    def samples(self):
-        """The training samples, by their numbers."""
-        return TrainSet(self.train, *(self.recipe[name] for name in ("size", "jitter", "flip", "seed")))
-
-    @property
-    def steps_per_epoch(self):
-        return math.ceil(len(self.train.ids) / self.recipe["batch_size"])
-
-    @property
-    def accumulate(self):
-        """Micro-steps per optimizer step."""
-        return self.recipe["batch_size"] // self.recipe["micro_batch"] // self.recipe["devices"]
-
-
-def fit(run):
-    """The loop: from the run's step to the last, or until a signal asks to stop. Returns whether it came to the end.
-
-    last.pt is written at every epoch, before and after every evaluation, and at least every 15 minutes.
+    parts: {"model", "optimizer", "scaler"}; state: the plain rest of a checkpoint. last.pt is written at every epoch,
+    after every evaluation, and at least every 15 minutes.
     """
-    recipe, place, state = run.recipe, run.place, run.state
-    batch_size, per_epoch, seed = recipe["batch_size"], run.steps_per_epoch, recipe["seed"]
-    total = recipe["epochs"] * per_epoch
+    recipe, model, optimizer, scaler = state["recipe"], *parts.values()
+    if place.world > 1:
+        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    batch_size, per_epoch = recipe["batch_size"], math.ceil(len(samples.annotations.ids) / recipe["batch_size"])
+    total, accumulate = recipe["epochs"] * per_epoch, batch_size // place.world // recipe["micro_batch"]
     order = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
-    waits = []
-    batches = timed(iter(make_loader(run.samples, order, run.workers, place.device.type == "cuda")), waits)
-    log = Log(run.out / "log.jsonl", place, state, run.tensorboard)
-    stop, saved = Stop(), time.monotonic()
-    report = Report(run, total)
-    run.model.train()
+    loader = iter(make_loader(samples, order, workers, place.device.type == "cuda"))
+    log, asked = open_log(out / "log.jsonl", state, place), catch_signals()
+    bar = tqdm(total=total, initial=state["step"], disable=place.rank > 0 or None, smoothing=0.05)
+    recent, saved = [], time.monotonic()
+    model.train()
     while True:
         step = state["step"]
-        due = step == total or (step > 0 and step % (per_epoch * recipe["eval_every"]) == 0)
-        if due and state["evaluated"] < step:
-            evaluate_now(run, log)
+        # Before the step, because a run that is resumed may have been stopped before its evaluation.
+        if step > state["evaluated"] and (step == total or step % (per_epoch * recipe["eval_every"]) == 0):
+            evaluate_now(parts, state, val, place, out, workers, log)
         if step == total:
             return True
-
-        began = time.perf_counter()
-        waits.clear()
-        lr = lr_at(step, recipe["epochs"], per_epoch, batch_size, recipe["lr"])
-        means, norm = train_step(
-            run.model, batches, run.accumulate, run.optimizer, run.scaler, lr, recipe["clip"], place, (seed, step)
-        )
-        losses, norm, asked = read_step(means, norm, stop.asked, place)
-        refuse_divergence(run, losses, norm, lr)
-
-        state["step"] += 1
-        state["skipped"] += not math.isfinite(norm)
-        row = {"step": state["step"], "epoch": state["step"] / per_epoch, "lr": lr, "loss": sum(losses.values())}
-        row |= losses | {"seconds": time.perf_counter() - began, "waited": sum(waits), "skipped": state["skipped"]}
-        row["grad_norm"] = norm if math.isfinite(norm) else None
-        log.write(row)
-        report.step(row)
-        if asked or state["step"] % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
-            save_as(run, "last.pt")
+        began, lr = time.perf_counter(), lr_at(step, recipe["epochs"], per_epoch, batch_size, recipe["lr"])
+        batches = [next(loader) for _ in range(accumulate)]
+        waited = time.perf_counter() - began
+        means, norm = train_step(model, batches, recipe, optimizer, scaler, lr, place, step)
+        losses, norm, stop = read_step(means, norm, bool(asked), place)
+        refuse_divergence(state, losses, norm, lr, scaler, samples, place)
+        # Under float16 an infinite norm is no error: GradScaler has skipped the step, and halves the scale.
+        state |= {"step": step + 1, "skipped": state["skipped"] + (not math.isfinite(norm))}
+        row = {"step": step + 1, "epoch": (step + 1) / per_epoch, "lr": lr, "loss": sum(losses.values())} | losses
+        row |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]}
+        row |= {"seconds": time.perf_counter() - began, "waited": waited}
+        log(row)
+        recent = [*recent[1 - PRINT_STEPS :], row]
+        show_progress(bar, recent, batch_size, workers, place)
+        if stop or (step + 1) % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
+            save(out / "last.pt", parts, state, place)
             saved = time.monotonic()
-        if asked:
+        if stop:
             return False
 
 
-def evaluate_now(run, log):
+def evaluate_now(parts, state, val, place, out, workers, log):
     """Evaluate, log, write the picture grid, and keep the best weights in best.pt."""
-    if run.place.world > 1:  # without SyncBN (on CPUs) every rank has statistics of its own: rank 0's are the model's
-        for buffer in run.detector.buffers():
-            dist.broadcast(buffer, 0)
-    size, step = run.recipe["size"], run.state["step"]
-    metrics = evaluate(run.detector, run.val, size, run.place, run.recipe["micro_batch"], run.workers, out=run.out)
-    log.write({"eval_step": step, "epoch": step / run.steps_per_epoch} | metrics)
-    if run.place.rank == 0:
-        write_grid(run.detector, run.val, size, run.place, run.out / "grid.png")
-        log.show(run.out / "grid.png", step)
-    run.state["evaluated"] = step
-    if metrics["AP"] > run.state["best"]:
-        run.state["best"] = metrics["AP"]
-        save_as(run, "best.pt")
-    save_as(run, "last.pt")
-
-
-def save_as(run, name):
-    """Rank 0 writes the run's checkpoint: plain types and tensors, names without wrappers."""
-    if run.place.rank == 0:
-        parts = {"model": run.detector, "optimizer": run.optimizer, "scaler": run.scaler}
-        checkpoint = {key: part.state_dict() for key, part in parts.items()}
-        categories = [list(category) for category in run.train.categories]
-        save(run.out / name, checkpoint | run.state | {"recipe": run.recipe, "categories": categories})
-
-
-def refuse_divergence(run, losses, norm, lr):
-    """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
-    finite = all(map(math.isfinite, losses.values()))
-    if finite and (math.isfinite(norm) or run.scaler.is_enabled()):
-        return
-    if run.place.rank > 0:
-        raise SystemExit(1)
-    step, batch_size = run.state["step"], run.recipe["batch_size"]
-    images = [run.samples.image_of(n)[1] for n in range(step * batch_size, (step + 1) * batch_size)]
-    before = f"; {run.out}/last.pt is from before" if (run.out / "last.pt").exists() else ""
-    terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
-    raise SystemExit(
-        f"error: training diverged at step {step + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, "
-        f"image ids {run.train.ids[images].tolist()}; try a lower --lr, or look for broken boxes with "
-        f"data.py --data FOLDER --show 8{before}"
-    )
+    size, micro = state["recipe"]["size"], state["recipe"]["micro_batch"]
+    metrics = evaluate(parts["model"], val, size, place, micro, workers, out=out)
+    log({"eval_step": state["step"]} | metrics)
+    if place.rank == 0:
+        write_grid(parts["model"], val, size, place, out / "grid.png")
+    state["evaluated"] = state["step"]
+    if metrics["AP"] > state["best"]:
+        state["best"] = metrics["AP"]
+        save(out / "best.pt", parts, state, place)
+    save(out / "last.pt", parts, state, place)
 
 
 # What the loop stands on: checkpoints, the log, signals, progress.
 
 
-def save(path, checkpoint):
-    """Write a checkpoint so that at every moment `path` is whole: the old one or the new one."""
+def save(path, parts, state, place):
+    """Rank 0 writes a checkpoint, so that at every moment `path` is whole: the old one or the new one."""
+    if place.rank > 0:
+        return
     draft = path.with_suffix(".tmp")
     try:
         with open(draft, "wb") as file:
-            torch.save(checkpoint, file)
+            torch.save({name: part.state_dict() for name, part in parts.items()} | state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
         draft.unlink(missing_ok=True)
-        raise UserError(
-            f"could not write {path} ({error}); what it held before is intact: make room and --resume"
-        ) from None
+        raise UserError(f"could not write {path} ({error}); what it held is intact: make room and --resume") from None
 
 
-class Log:
-    """log.jsonl, written by rank 0: {"step": n, ...} after the n-th step, {"eval_step": n, ...} after an evaluation.
-
-    A resumed run first drops the lines that it is going to write again.
-    """
-
-    def __init__(self, path, place, state, tensorboard=False):
-        self.file = self.board = None
-        if place.rank > 0:
-            return
-        old = path.read_text().splitlines() if state["step"] and path.exists() else []
-        kept = []
-        for line in old:
-            with contextlib.suppress(ValueError):  # a kill can cut the last line
-                row = json.loads(line)
-                if row.get("step", 0) <= state["step"] and row.get("eval_step", 0) <= state["evaluated"]:
-                    kept.append(line + "\n")
-        draft = path.with_suffix(".tmp")
-        draft.write_text("".join(kept))
-        os.replace(draft, path)
-        self.file = open(path, "a", buffering=1)
-        if tensorboard:
-            self.board = tensorboard_writer()(path.parent, purge_step=state["step"] + 1)
-
-    def write(self, row):
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-        if self.board:
-            kind, step = ("train", row["step"]) if "step" in row else ("eval", row["eval_step"])
-            for name in row.keys() - {"step", "eval_step"}:
-                if isinstance(row[name], (int, float)):
-                    self.board.add_scalar(f"{kind}/{name}", row[name], step)
-
-    def show(self, path, step):
-        """A picture from a file, for tensorboard."""
-        if self.board:
-            self.board.add_image("detections", np.asarray(Image.open(path)), step, dataformats="HWC")
-            self.board.flush()
+def open_log(path, state, place):
+    """A function that appends a row to rank 0's log.jsonl: {"step": n, ...} after the n-th step, {"eval_step": n, ...}
+    after an evaluation. What a resumed run will write again is dropped first."""
+    if place.rank > 0:
+        return lambda row: None
+    lines = path.read_text().splitlines() if state["step"] and path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last line
+    rows = [r for r in rows if r.get("step", 0) <= state["step"] and r.get("eval_step", 0) <= state["evaluated"]]
+    path.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(path.with_suffix(".tmp"), path)
+    file = open(path, "a", buffering=1)
+    return lambda row: file.write(json.dumps(row) + "\n")
 
 
-def tensorboard_writer():
-    """torch's SummaryWriter, which needs a package that nothing else here does; else a UserError."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package more: pip install tensorboard, or leave the flag out") from None
-    return SummaryWriter
+def catch_signals():
+    """A list that is filled once SIGTERM or Ctrl-C has come; a second Ctrl-C ends the process at once."""
+    asked = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda n, _: (asked.append(n), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    return asked
 
 
-class Stop:
-    """`asked` once SIGTERM or the first Ctrl-C has come; a second Ctrl-C ends the process at once."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def timed(batches, waits):
-    """The same batches; the seconds that each was waited for are added to the list `waits`."""
-    while True:
-        began = time.perf_counter()
-        batch = next(batches)
-        waits.append(time.perf_counter() - began)
-        yield batch
+def refuse_divergence(state, losses, norm, lr, scaler, samples, place):
+    """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
+    if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or scaler.is_enabled()):
+        return
+    if place.rank > 0:
+        raise SystemExit(1)
+    first, batch_size = state["step"] * state["recipe"]["batch_size"], state["recipe"]["batch_size"]
+    ids = [int(samples.annotations.ids[samples.image_of(n)[1]]) for n in range(first, first + batch_size)]
+    terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
+    what = f"at step {state['step'] + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, image ids {ids}"
+    cure = "try a lower --lr, or look for broken boxes with tools/look.py --data FOLDER --show 8"
+    raise SystemExit(f"error: training diverged {what}; {cure}; a last.pt is from before")
 
 
-class Report:
-    """Rank 0's progress: a bar on a terminal, else a line every PRINT_EVERY steps; a warning where data is late."""
-
-    def __init__(self, run, total):
-        self.run, self.total, self.recent = run, total, []
-        self.bar = tqdm(total=total, initial=run.state["step"], disable=run.place.rank > 0 or None, smoothing=0.05)
-
-    def step(self, row):
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{row['lr']:.3g}", refresh=False)
-        self.bar.update()
-        self.recent = [*self.recent[-PRINT_EVERY + 1 :], row]
-        if row["step"] % PRINT_EVERY or self.run.place.rank > 0:
-            return
-        seconds, waited = (sum(r[name] for r in self.recent) for name in ("seconds", "waited"))
-        speed = len(self.recent) * self.run.recipe["batch_size"] / seconds
-        if self.bar.disable:
-            loss = f"loss {row['loss']:.3f}, lr {row['lr']:.3g}"
-            print(f"step {row['step']}/{self.total}: {loss}, {speed:.1f} images/s", flush=True)
+def show_progress(bar, recent, batch_size, workers, place):
+    """Rank 0's progress in the last steps: a bar on a terminal, else lines; a warning where data is late."""
+    row, seconds, waited = recent[-1], *(sum(r[name] for r in recent) for name in ("seconds", "waited"))
+    text = f"loss {row['loss']:.3f}, lr {row['lr']:.3g}, {len(recent) * batch_size / seconds:.1f} images/s"
+    bar.set_postfix_str(text, refresh=False)
+    bar.update()
+    if row["step"] % PRINT_STEPS == 0 and place.rank == 0:
+        if bar.disable:
+            print(f"step {row['step']}/{bar.total}: {text}", flush=True)
         if waited > MAX_WAITING * seconds:
-            self.bar.write(
-                f"warning: {100 * waited / seconds:.0f} % of the time went on waiting for data; raise --workers (now "
-                f"{self.run.workers}), or see tests/bench_data.py for what a core can do"
-            )
-
-
-# Arguments become a recipe.
+            bar.write(f"warning: {waited / seconds:.0%} of the time went on waiting for data; raise --workers ({workers})")
 
 
 def parse_args(argv=None):
@@ -449,7 +274,7 @@ def parse_args(argv=None):
     add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
     add("--out", type=Path, help="folder of the run (default runs/ARCH_SIZE_PROTOCOL_HEAD)")
     add("--batch-size", type=int, help="global batch: images per optimizer step over all devices")
-    add("--micro-batch", type=int, help="images per device at once; divides batch size / devices")
+    add("--micro-batch", type=int, help="images per device at once (default: what fits); divides batch size / devices")
     add("--epochs", type=int)
     add("--lr", type=float, help="learning rate per 256 images of the global batch")
     add("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scale jitter's range")
@@ -459,113 +284,66 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
     add("--amp", choices=AMP, default="auto", help="auto: by compute capability, off on a CPU")
-    recompute = "save memory: compute blocks up to this level again in backward; 2 is cheap, 7 saves most"
-    add("--recompute", type=int, default=0, choices=RECOMPUTE, metavar="LEVEL", help=recompute)
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--tensorboard", action="store_true", help="write curves and pictures for tensorboard into --out, too")
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
-    add("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", nargs="?", const="", metavar="FILE", help="go on where a run stopped (default OUT/last.pt)")
+    either("--weights", type=Path, help="start from a checkpoint's weights: what fits is taken, the rest is new")
     add("--overfit", type=int, metavar="N", help="train and evaluate on the first N images with objects, as they are")
     add("--limit", type=int, metavar="N", help="the first N images of every split")
     return parser.parse_args(argv)
 
 
-def resolve(args):
-    """The recipe as a plain dict: the protocol's row, the head's, their exception for an arch, --overfit, the flags."""
-    fields = dataclasses.asdict(PROTOCOLS[args.protocol])
-    fields |= HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.arch, args.head), {})
-    if args.overfit:
-        fields |= OVERFIT | {"batch_size": args.overfit}
-    # A recipe has no fields that only another head knows, such as RoI counts.
-    others = {name for head in HEADS.values() for name in head.options} - set(HEADS[args.head].options)
-    fields = {name: value for name, value in fields.items() if name not in others}
-    flags = ("batch_size", "epochs", "lr", "jitter", "eval_every")
-    fields |= {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
-    kept = ("arch", "size", "protocol", "head", "seed", "overfit", "limit")
-    recipe = {name: getattr(args, name) for name in kept} | fields | {"jitter": list(fields["jitter"])}
-    for name, low in (("overfit", 1), ("limit", 1), ("seed", 0), ("workers", 0)):
+def resolve(args, arch=None):
+    """The recipe: the protocol's row, the head's, their exceptions, --overfit, the flags; and the network."""
+    counts = ("size", "batch_size", "micro_batch", "epochs", "eval_every", "overfit", "limit")
+    for name, low in (dict.fromkeys(counts, 1) | {"lr": 1e-12, "seed": 0, "workers": 0}).items():
         value = getattr(args, name)
-        if value is not None and value < low:
-            raise UserError(f"--{name} is {value}, but must be at least {low}")
-    for name in ("size", "batch_size", "epochs", "lr", "eval_every"):
-        if not recipe[name] > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {recipe[name]}, but must be positive")
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be at least {low}")
+    recipe = {name: getattr(args, name) for name in ("arch", "size", "protocol", "head", "seed", "overfit", "limit")}
+    recipe |= PROTOCOLS[args.protocol] | HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.head), {})
+    recipe |= EXCEPTIONS.get((args.protocol, args.head, args.arch), {})
+    recipe |= OVERFIT | {"batch_size": args.overfit} if args.overfit else {}
+    for name in ("batch_size", "epochs", "lr", "jitter", "eval_every"):
+        recipe[name] = recipe[name] if getattr(args, name) is None else getattr(args, name)
     if not 0 < recipe["jitter"][0] <= recipe["jitter"][1] < math.inf:
         raise UserError(f"--jitter {recipe['jitter']}: give LOW and HIGH with 0 < LOW <= HIGH")
-    try:
-        check_size(recipe["size"], recipe["size"])
-    except ValueError as error:
-        raise UserError(f"--size: {error}") from None
-    return recipe
+    if args.size % MULTIPLE:
+        raise UserError(f"--size is {args.size}, but must be a multiple of {MULTIPLE}, the stride of P7")
+    return recipe | {"network": (arch or ARCHS[args.arch]).plain()}
 
 
-def split_batch(recipe, micro_batch, recompute, place):
+def split_batch(recipe, micro_batch, place):
     """Images per micro-batch of one rank; what doesn't divide is refused. Departure: batch norm sees devices x this."""
+    cuda, masks = place.device.type == "cuda", HEADS[recipe["head"]].masks
     share, rest = divmod(recipe["batch_size"], place.world)
     if rest:
         raise UserError(f"--batch-size {recipe['batch_size']} doesn't divide into {place.world} devices")
     if micro_batch is None:
-        size, fixed, each = MEMORY[recipe["head"], recipe["arch"]]
-        each = each[RECOMPUTE.index(recompute)] * (recipe["size"] / size) ** 2 * (1 if place.amp else 2)
-        each *= SWISH if recipe["activation"] == "swish" or recipe["drop_rate"] else 1
-        fits = max(int((PLANNED * place.memory() - fixed) / each), 1)
-        micro_batch = max(m for m in range(1, min(share, fits) + 1) if share % m == 0)
-    if micro_batch <= 0 or share % micro_batch:
+        memory = torch.cuda.get_device_properties(place.device).total_memory if cuda else 16e9
+        memory = torch.tensor(memory / 16e9, device=place.device)
+        if dist.is_initialized():
+            dist.all_reduce(memory, dist.ReduceOp.MIN)  # of the smallest device
+        fits = FITS.get(recipe["arch"], (1, 1))[masks] * memory.item() * (1 if place.amp else 1 / 2)
+        fits *= min((640 / recipe["size"]) ** 2, 1 if masks else math.inf)  # the RoIs' part is the same at any size
+        fits /= SWISH if recipe["activation"] == "swish" or recipe["drop_rate"] else 1
+        micro_batch = max(m for m in range(1, share + 1) if share % m == 0 and m <= max(fits, 1))
+    if share % micro_batch:
         raise UserError(f"--micro-batch {micro_batch} must divide {share}, which is --batch-size / devices")
-    synchronized = place.world if place.device.type == "cuda" else 1
-    if (recipe["size"] // MULTIPLE) ** 2 * micro_batch * synchronized == 1:
-        raise UserError(
-            f"--size {recipe['size']} with --micro-batch 1 leaves batch norm a single value per channel on P7; use a "
-            "micro-batch of 2 or a larger size"
-        )
+    if (recipe["size"] // MULTIPLE) ** 2 * micro_batch * (place.world if cuda else 1) == 1:
+        what = f"--size {recipe['size']} with --micro-batch 1 leaves batch norm a single value per channel on P7"
+        raise UserError(f"{what}; use a micro-batch of 2 or a larger size")
     return micro_batch
 
 
-# Before the first step.
-
-
-def check_quickly(args):
-    """What can be refused before anything slow: (recipe, out, path to resume from, its checkpoint)."""
-    recipe = resolve(args)
-    out = args.out or Path("runs") / f"{args.arch}_{args.size}_{args.protocol}_{args.head}"
-    if args.tensorboard:
-        tensorboard_writer()
-    if args.resume is not None and args.weights:
-        raise UserError("--resume goes on with its own weights: leave out --weights")
-    resume = None if args.resume is None else Path(args.resume or out / "last.pt")
-    if (out / "last.pt").exists() and not (resume and resume.parent.resolve() == out.resolve()):
-        raise UserError(f"{out} already holds a run: continue that one with --resume, or give another --out")
-    if args.data != "shapes":
-        require_split(args.data, TRAIN)
-    return recipe, out, resume, load_checkpoint(resume) if resume else None
-
-
-@contextlib.contextmanager
-def said_once():
-    """A UserError that all processes of a machine find is said by the first of them."""
-    try:
-        yield
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-            time.sleep(5)  # torchrun ends all processes at the first one's end
-            raise SystemExit(2) from None
-        raise
-
-
-def load_splits(args, recipe, place):
-    """(annotations to train on, annotations to evaluate on)."""
-    root, masks = resolve_root(args.data), HEADS[recipe["head"]].masks
+def load_splits(args, recipe):
+    """(annotations to train on, annotations to evaluate on: the same where there are no others, or with --overfit)."""
+    root, masks, count = resolve_root(args.data), HEADS[recipe["head"]].masks, recipe["overfit"]
     train = load_annotations(root, TRAIN, masks).select(slice(recipe["limit"]))
-    if recipe["overfit"]:
-        chosen = np.flatnonzero(train.positives())[: recipe["overfit"]]
-        if len(chosen) < recipe["overfit"]:
-            raise UserError(f"--overfit {recipe['overfit']}: only {len(chosen)} images of {root} have an object")
-        train = train.select(chosen)
-        return train, train
-    val_json = split_paths(root, VAL)[0]
-    if not val_json.exists():
-        if place.rank == 0:
-            print(f"{val_json} not found: evaluating on {TRAIN}")
+    if count:
+        train = train.select(np.flatnonzero(train.positives())[:count])
+        if len(train.ids) < count:
+            raise UserError(f"--overfit {count}: only {len(train.ids)} images of {root} have an object")
+    if count or not split_paths(root, VAL)[0].exists():
         return train, train
     val = load_annotations(root, VAL, masks)
     if val.categories != train.categories:
@@ -573,166 +351,77 @@ def load_splits(args, recipe, place):
     return train, val.select(slice(recipe["limit"]))
 
 
-def load_weights(detector, path, categories):
-    """Take from a checkpoint every tensor whose name and shape fit; the class layers only if the classes agree."""
-    checkpoint = load_checkpoint(path)
-    own, given = detector.state_dict(), checkpoint["model"]
-    if [tuple(c) for c in checkpoint["categories"]] != categories:
-        given = {name: value for name, value in given.items() if not name.startswith(detector.class_layers)}
-    fits = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
-    new = [name for name in own if name not in fits]
-    if not any(value.ndim > 1 for value in fits.values()):
-        arch = checkpoint["recipe"]["arch"]
-        raise UserError(
-            f"--weights {path}: it has arch {arch}, and no layer of it fits this model; choose --arch {arch}"
-        )
-    detector.load_state_dict(fits, strict=False)
-    more = f" and {len(new) - 8} more" if len(new) > 8 else ""
-    return f"weights: {len(fits)} of {len(own)} tensors from {path}; new: {new[:8]}{more}"
-
-
-def check_resume(checkpoint, recipe, categories, steps, path, rank):
-    """Refuse to resume as another model; say which other fields of the recipe have changed."""
-    old = checkpoint["recipe"] | {"classes": [list(c) for c in checkpoint["categories"]]}
-    new = recipe | {"classes": [list(c) for c in categories]}
-    for name in ("arch", "size", "head", "classes"):
-        if old[name] != new[name]:
-            was = "" if name == "classes" else f" ({old[name]}, not {new[name]})"
-            raise UserError(f"--resume {path}: the checkpoint's {name} differs{was}; use --weights to start from it")
-    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in recipe if old.get(name) != new[name]]
-    if checkpoint["step"] > steps:
-        raise UserError(f"--resume {path}: it has {checkpoint['step']} steps behind it, and this recipe only {steps}")
-    if changed and rank == 0:
-        print(f"resuming with a changed recipe: {', '.join(changed)}")
-
-
-def prepare(args):
-    """Everything before the first step: a Run, new or resumed."""
-    with said_once():
-        recipe, out, resume, checkpoint = check_quickly(args)
-    place = start(args.device, args.amp)
-    with said_once():
-        recipe |= {"micro_batch": split_batch(recipe, args.micro_batch, args.recompute, place), "devices": place.world}
-    with first_of_machine_first(place):  # which writes the generated set, and the packed form of a large json
-        train, val = load_splits(args, recipe, place)
-
+def make_parts(recipe, categories, place):
+    """What a run trains, new: {"model", "optimizer", "scaler"}."""
     torch.manual_seed(recipe["seed"])
     options = {name: recipe[name] for name in HEADS[recipe["head"]].options}
-    detector = build_model(recipe["arch"], recipe["head"], len(train.categories), **options)
+    detector = build_model(Arch.of(recipe["network"]), recipe["head"], len(categories), **options)
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = recipe["bn_momentum"]
-    state = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0}
-    with said_once():
-        if checkpoint:
-            steps = recipe["epochs"] * math.ceil(len(train.ids) / recipe["batch_size"])
-            check_resume(checkpoint, recipe, train.categories, steps, resume, place.rank)
-            detector.load_state_dict(checkpoint["model"])
-            state = {name: checkpoint[name] for name in state}
-        elif args.weights:
-            note = load_weights(detector, args.weights, train.categories)
-            if place.rank == 0:
-                print(note)
     place.move(detector)
-    detector.backbone.recompute = args.recompute
     if place.world > 1 and place.device.type == "cuda":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-    if args.compile:
-        detector.compile()
-    optimizer, scaler = make_optimizer(detector), make_scaler(place)
-    if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # it is empty where the run was not in float16 so far
-            scaler.load_state_dict(checkpoint["scaler"])
-    model = detector
-    if place.world > 1:
-        devices = [place.device] if place.device.type == "cuda" else None
-        model = DistributedDataParallel(detector, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-    parts = dict(train=train, val=val, detector=detector, model=model, optimizer=optimizer, scaler=scaler, state=state)
-    return Run(recipe, place, make_folder(out), args.workers, tensorboard=args.tensorboard, **parts)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.amp is torch.float16)
+    return {"model": detector, "optimizer": make_optimizer(detector), "scaler": scaler}
 
 
-def describe(run):
-    """Print everything the run is about to do."""
-    recipe, place = run.recipe, run.place
-    peak, first_lr, warmup, first, second, total = schedule(
-        recipe["epochs"], run.steps_per_epoch, recipe["batch_size"], recipe["lr"]
-    )
-    precision = str(place.amp or torch.float32).removeprefix("torch.")
-    parameters = sum(p.numel() for p in run.detector.parameters())
-    print("recipe: " + ", ".join(f"{name} {value}" for name, value in recipe.items() if value is not None))
-    print(f"train: {run.train.summary()}")
-    print(f"evaluate: {'the same images' if run.val is run.train else run.val.summary()}")
-    print(
-        f"batch: {recipe['batch_size']} = {place.world} device(s) x {recipe['micro_batch']} images x {run.accumulate} "
-        f"micro-steps on {place.device.type}, {precision}; {parameters:,} parameters"
-    )
-    print(
-        f"learning rate: {recipe['lr']} x {recipe['batch_size']} / {LR_BATCH} = {peak:.5g}, after a warm-up from "
-        f"{first_lr:.3g} over {warmup:.0f} steps; / 10 at step {first}, / 100 at {second} of {total} "
-        f"({recipe['epochs']} epochs of {run.steps_per_epoch})"
-    )
-    resuming = f", resuming at step {run.state['step']}" if run.state["step"] else ""
-    print(f"writing to {run.out}{resuming}", flush=True)
+def resume_from(checkpoint, state, parts, total, path):
+    """Go on from a checkpoint, unless it is another model's or past the end; a sentence says what has changed."""
+    old, new = ({"classes": part["categories"]} | part["recipe"] for part in (checkpoint, state))
+    for name in ("network", "size", "head", "classes"):
+        if old[name] != new[name]:
+            was = differences(*(one["network"] if name == "network" else {name: one[name]} for one in (old, new)))
+            raise UserError(f"--resume {path}: the checkpoint's {name} differs ({was}); use --weights to start from it")
+    if checkpoint["step"] > total:
+        raise UserError(f"--resume {path}: it has {checkpoint['step']} steps behind it, and this recipe only {total}")
+    state |= {name: checkpoint[name] for name in ("step", "evaluated", "best", "skipped")}
+    for name, part in parts.items():
+        if checkpoint[name]:  # the scaler's is empty where the run was not in float16 so far
+            part.load_state_dict(checkpoint[name])
+    return ", ".join([f"resuming at step {state['step']}", differences(old, new)]).removesuffix(", ")
 
 
-@contextlib.contextmanager
-def memory_in_words(recipe, recompute, place):
-    """A device without memory left becomes a UserError that says what was used and what to try."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        micro, share = recipe["micro_batch"], recipe["batch_size"] // place.world
-        smaller = max((m for m in range(1, micro) if share % m == 0), default=None)
-        cures = [f"--micro-batch {smaller}"] * (micro > 1) + ["--recompute 7"] * (recompute < 7)
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        raise UserError(
-            f"--micro-batch {micro} of --size {recipe['size']} does not fit into the memory of {place.device}: "
-            f"{peak:.1f} GiB were in use at most; try {', '.join([*cures, 'or a smaller --size'])}"
-        ) from None
+def main(argv=None, arch=None):
+    """Train as the arguments say; `arch`: an Arch of one's own in place of the row that --arch names."""
+    args = parse_args(argv)
+    recipe = resolve(args, arch)
+    out = args.out or Path("runs", "{arch}_{size}_{protocol}_{head}".format(**recipe))
+    resume = None if args.resume is None else Path(args.resume or out / "last.pt")
+    if (out / "last.pt").exists() and not (resume and resume.parent.resolve() == out.resolve()):
+        raise UserError(f"{out} already holds a run: continue that one with --resume, or give another --out")
+    checkpoint = load_checkpoint(resume or args.weights) if resume or args.weights else None
 
+    place = start(args.device, args.amp)
+    say = print if place.rank == 0 else lambda text: None
+    micro, batch_size = split_batch(recipe, args.micro_batch, place), recipe["batch_size"]
+    recipe |= {"micro_batch": micro, "devices": place.world}
+    with one_process_first(place):  # which writes the generated set, and the arrays of a large json
+        train, val = load_splits(args, recipe)
+    samples = TrainSet(train, recipe["size"], recipe["jitter"], recipe["flip"], recipe["seed"])
+    say("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items() if v is not None and k != "network"))
+    say(f"train: {train.summary()}")
+    say(f"evaluate: {val.summary()}" if val is not train else f"evaluating on {TRAIN}: the same images")
 
-def rehearse(run):
-    """Forward and backward of one micro-batch with 100 objects in every image: what doesn't fit fails now, not later.
-
-    Leaves no trace: weights, batch norm's averages, gradients, the optimizer and the random state are as before.
-    """
-    recipe, place = run.recipe, run.place
-    batch = collate([run.samples[0]] * recipe["micro_batch"])
-    corners = torch.rand(*batch["boxes"].shape[:2], 2, generator=torch.Generator().manual_seed(0))  # (B, 100, 2)
-    corners *= recipe["size"] - 64
-    batch |= {"boxes": torch.cat((corners, corners + 64), dim=2), "labels": torch.zeros_like(batch["labels"])}
-    images = batch.pop("image")
-    batch.pop("region")  # so that the whole square counts as image
-    averages = {name: value.clone() for name, value in run.detector.named_buffers()}
-    # SGD makes its momenta in the first step: until then, others take their memory.
-    momenta = [] if run.optimizer.state else [torch.empty_like(p) for p in run.detector.parameters()]
-    run.model.train()
-    devices = [place.device] if place.device.type == "cuda" else []
-    alone = run.model.no_sync() if place.world > 1 else contextlib.nullcontext()
-    with torch.random.fork_rng(devices), alone:
-        with place.autocast():
-            losses = run.model(place.move(images), {name: value.to(place.device) for name, value in batch.items()})
-        run.scaler.scale(sum(losses.values())).backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    del losses, momenta
-    for name, value in run.detector.named_buffers():
-        value.copy_(averages[name])
-
-
-def main(argv=None):
-    run = prepare(parse_args(argv))
-    if run.place.rank == 0:
-        describe(run)
+    categories, per_epoch = [list(category) for category in train.categories], math.ceil(len(train.ids) / batch_size)
+    parts, total = make_parts(recipe, categories, place), recipe["epochs"] * per_epoch
+    split = f"{place.world} device(s) x {micro} images x {batch_size // place.world // micro} micro-steps"
+    parameters = f"{sum(p.numel() for p in parts['model'].parameters()):,} parameters"
+    say(f"batch: {batch_size} = {split} on {place.device.type}, {place.amp or torch.float32}; {parameters}")
+    corners = schedule(recipe["epochs"], per_epoch, batch_size, recipe["lr"])
+    rates = ", ".join(f"{rate:.4g} at step {step:.0f}" for step, rate in corners)
+    say(f"learning rate: {recipe['lr']} x {batch_size} / {LR_BATCH}: {rates} of {total}, {per_epoch} an epoch")
+    state = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "recipe": recipe, "categories": categories}
+    if resume:
+        say(resume_from(checkpoint, state, parts, total, resume))
+    elif args.weights:
+        say(load_weights(parts["model"], checkpoint, categories, args.weights))
+    say(f"writing to {out}")
     began = time.perf_counter()
-    with memory_in_words(run.recipe, run.detector.backbone.recompute, run.place):
-        if run.place.device.type == "cuda":
-            rehearse(run)
-        finished = fit(run)
-    if run.place.rank == 0:
-        how = f"best AP {run.state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
-        print(f"step {run.state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {run.out}")
-    finish(run.place)
+    finished = fit(parts, state, samples, val, place, make_folder(out), args.workers)
+    how = f"best AP {state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
+    say(f"step {state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {out}")
+    finish(place)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import os
 import signal
 from pathlib import Path
 
+import make_shapes
 import pytest
 import torch
 from make_assignment import ASSIGNMENTS
 
-import data
 import train
+from data import TRAIN, VAL
 
 torch.set_num_threads(2)
 
@@ -38,8 +39,8 @@ def shapes(tmp_path_factory):
     """The root of a generated set: the first 60 and 24 images of the full one."""
     root = tmp_path_factory.mktemp("shapes") / "shapes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(data.SHAPES, "images", {data.TRAIN: 60, data.VAL: 24})
-        data.write_shapes(root)
+        patch.setitem(make_shapes.SHAPES, "images", {TRAIN: 60, VAL: 24})
+        make_shapes.write_shapes(root)
     return root
 
 

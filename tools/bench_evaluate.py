@@ -1,7 +1,7 @@
 """How fast is an evaluation? Pasting and encoding masks beside torchvision and pycocotools; the split of a whole one.
 
-python tests/bench_evaluate.py                                      100 masks on a 640 x 480 image, and 4000 x 3000
-python tests/bench_evaluate.py --weights FILE --data FOLDER         where the time of a checkpoint's evaluation goes
+python tools/bench_evaluate.py                                      100 masks on a 640 x 480 image, and 4000 x 3000
+python tools/bench_evaluate.py --weights FILE --data FOLDER         where the time of a checkpoint's evaluation goes
 """
 
 import argparse
@@ -14,11 +14,12 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
 import heads  # noqa: E402
 from data import load_annotations, resolve_root  # noqa: E402
+from model import load_checkpoint, load_model  # noqa: E402
 
 MASKS = 100
 SIZES = ((640, 480), (4000, 3000))  # width, height
@@ -61,8 +62,8 @@ def pasting(rounds):
 
 def split(weights, root, limit):
     """The evaluation of a checkpoint, with the time that NMS takes of the model's."""
-    checkpoint, place = evaluate.load_checkpoint(weights), evaluate.start()
-    model = evaluate.load_model(checkpoint, place)
+    checkpoint, place = load_checkpoint(weights), evaluate.start()
+    model = load_model(checkpoint, place)
     annotations = load_annotations(resolve_root(root), "val2017", model.masks).select(slice(limit))
     seconds = 0.0
 

@@ -1,7 +1,7 @@
 """How fast is a training step, and what does it keep in memory? Every row of the paper's tables.
 
-python tests/bench_step.py                          time and peak memory of a step, beside torchvision's detectors
-python tests/bench_step.py --memory                 what a step needs by account, on no device at all
+python tools/bench_step.py                          time and peak memory of a step, beside torchvision's detectors
+python tools/bench_step.py --memory                 what a step needs by account, on no device at all
 
 On a GPU the rows run at their own size; on a CPU at 256, to finish. Data is not part of it: see bench_data.py.
 """
@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import heads  # noqa: E402
 import loss  # noqa: E402
 import train  # noqa: E402
 from evaluate import start  # noqa: E402
-from model import build_model  # noqa: E402
+from model import HEADS, build_model  # noqa: E402
 
 ROWS = (  # head, arch, size, images on one 32 GB GPU in float32 of an earlier re-implementation, as divisors of 32
     ("retinanet", "49S", 640, 32),
@@ -88,13 +88,12 @@ def saved_bytes(detector, images, size, masks, amp):
         heads.make_anchors.cache_clear()
 
 
-def account(head, arch, size, activation="relu", recompute=0, amp=True):
+def account(head, arch, size, activation="relu", amp=True):
     """(bytes a step needs for each image, bytes it needs whatever their number), by account.
 
     The first: what is saved for backward, and 3 times the class logits (for Mask R-CNN, the mask logits) in float32.
     """
     detector = build_model(arch, head, CLASSES, activation=activation).train()
-    detector.backbone.recompute = recompute
     one, two = (saved_bytes(detector, images, size, detector.masks, amp) for images in (1, 2))
     if detector.masks:
         logits = loss.MASK_ROIS * (CLASSES + 1) * loss.MASK_TARGET_SIDE**2
@@ -105,17 +104,19 @@ def account(head, arch, size, activation="relu", recompute=0, amp=True):
 
 
 def memory(rows, activations):
-    print("GB per image by account under autocast, and how many images fit (14 GB of 16, 28 of 32) by --recompute")
-    print(f"{'':>20} {'':>6} {'fixed':>6} | " + " | ".join(f"{r:>5}: {'16':>3} {'32':>3}" for r in train.RECOMPUTE))
+    print("by account under autocast: GB, and the images that fit 14 GB of 16 and 28 of 32, beside train.FITS there")
+    print(f"{'':>20} {'':>6} {'fixed':>6} {'each':>6} | {'16 GB':>6} {'FITS':>5} | {'32 GB':>6} {'FITS':>5}")
     for head, arch, size, _ in rows:
         for activation in activations:
+            each, fixed = account(head, arch, size, activation)
             cells = []
-            for recompute in train.RECOMPUTE:
-                each, fixed = account(head, arch, size, activation, recompute)
-                fits = [int((SHARE * capacity * 1e9 - fixed) / each) for capacity in (16, 32)]
-                cells.append(f"{each / 1e9:6.3f} {fits[0]:3d} {fits[1]:3d}")
+            for capacity in (16, 32):
+                fits = int((SHARE * capacity * 1e9 - fixed) / each)
+                planned = train.FITS[arch][HEADS[head].masks] * capacity / 16 * (640 / size) ** 2
+                planned /= train.SWISH if activation == "swish" else 1
+                cells.append(f"{fits:6d} {int(planned):5d}")
             name = f"{head} {arch}@{size}"
-            print(f"{name:>20} {activation:>6} {fixed / 1e9:6.2f} | " + " | ".join(cells), flush=True)
+            print(f"{name:>20} {activation:>6} {fixed / 1e9:6.2f} {each / 1e9:6.3f} | " + " | ".join(cells), flush=True)
 
 
 class Clock:
@@ -163,10 +164,9 @@ def split(step, place, rounds):
     return [1000 * seconds[part] / rounds for part in ("forward", "loss", "backward", "optimizer")]
 
 
-def ours(head, arch, size, images, place, recompute):
+def ours(head, arch, size, images, place):
     """A function that does one training step of this project's, on the same batch again and again."""
     detector = place.move(build_model(arch, head, CLASSES).train())
-    detector.backbone.recompute = recompute
     batch = place.move(torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8))
     targets = objects_of(images, size, place.device, detector.masks)
     return stepper(detector, lambda: detector(batch, targets), place)
@@ -187,7 +187,8 @@ def torchvisions(head, size, images, place):
 
 
 def stepper(detector, forward, place):
-    optimizer, scaler = train.make_optimizer(detector), train.make_scaler(place)
+    optimizer = train.make_optimizer(detector)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=place.amp is torch.float16)
 
     def update():
         scaler.unscale_(optimizer)
@@ -243,7 +244,7 @@ def run(rows, args, place):
     for head, arch, full_size, full_batch in rows:
         size, images = args.size or (full_size if cuda else 256), args.batch or (full_batch if cuda else 2)
         name = f"{head} {arch}@{size}"
-        makers = {name: lambda: ours(head, arch, size, images, place, args.recompute)}  # noqa: B023
+        makers = {name: lambda: ours(head, arch, size, images, place)}  # noqa: B023
         makers[f"torchvision's with ResNet-50@{size}"] = lambda: torchvisions(head, size, images, place)  # noqa: B023
         for what, make in makers.items():
             try:
@@ -261,7 +262,6 @@ def main():
     parser.add_argument("--size", type=int, help="instead of the row's")
     parser.add_argument("--batch", type=int, help="images, instead of the row's")
     parser.add_argument("--rounds", type=int, default=None, help="steps per figure (default 10, on a CPU 2)")
-    parser.add_argument("--recompute", type=int, default=0, choices=train.RECOMPUTE)
     parser.add_argument("--activations", nargs="*", default=["relu", "swish"], choices=["relu", "swish"])
     parser.add_argument("--memory-limit", type=float, metavar="GB", help="of the CUDA device")
     parser.add_argument("--amp", default="auto", choices=("auto", "off", "fp16", "bf16"))

@@ -1,6 +1,6 @@
 """Cuts an assignment from the solution: functions lose their bodies and keep their signatures and docstrings.
 
-python tests/make_assignment.py a3 --out DIR        then, in DIR: python -m pytest -m a3
+python tools/make_assignment.py a3 --out DIR        then, in DIR: python -m pytest -m a3
 
 The docstring is the problem statement (a method's may be its class's); the tests of ASSIGNMENTS are the grader.
 """
@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("*.py", "*.txt", "*.toml", "*.md", ".gitignore", "tests/*.py", "tests/*.npz", "docs/*")
+COPIED = (
+    *("*.py", "*.txt", "*.toml", "*.md", ".gitignore", "LICENSE", "CITATION.cff"),
+    *("tools/*.py", "tests/*.py", "tests/*.npz", "docs/*"),
+)
 
 
 class Assignment(NamedTuple):

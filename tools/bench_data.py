@@ -1,11 +1,13 @@
 """How fast is the data? Training samples beside torchvision's own pipeline on one core; start-up at COCO's size.
 
-python tests/bench_data.py --data FOLDER            samples per second, on one core, of a folder in COCO's layout
-python tests/bench_data.py --start                  start-up on a generated json of train2017's size, and a pass over it
-python tests/bench_data.py --start --scale 0.1      the same, a tenth of it
+python tools/bench_data.py --data FOLDER            a sample's milliseconds, on one core, of a folder in COCO's layout
+python tools/bench_data.py --data FOLDER --base DIR the same beside another checkout of this project
+python tools/bench_data.py --start                  start-up on a generated json of train2017's size, and a pass over it
+python tools/bench_data.py --start --scale 0.1      the same, a tenth of it
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import sys
@@ -19,7 +21,8 @@ from PIL import Image
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 
@@ -77,27 +80,35 @@ def milliseconds(datasets, rounds, samples):
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def throughput(root, rounds, samples):
+def data_of(checkout):
+    """The module data.py of another checkout, made with that checkout's modules; ours stay what `import` gives."""
+    names = {path.stem for folder in (ROOT, checkout) for path in folder.glob("*.py")}
+    ours = {name: sys.modules.pop(name) for name in names & set(sys.modules)}
+    sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module("data")
+    finally:
+        sys.path.remove(str(checkout))
+        for name in names & set(sys.modules):
+            del sys.modules[name]
+        sys.modules.update(ours)
+
+
+def throughput(root, base, rounds, samples):
     torch.set_num_threads(1)
-    print("ms per sample; torchvision's in float32 as its detectors take it, and stopped at uint8; this is uint8")
-    print(
-        f"{'':>22} {'torchvision':>12} {'ratio':>6} {'uint8':>7} {'ratio':>6} {'this':>7} {'decoding':>9} {'share':>6}"
-    )
+    others = ("base", "decoding") if base else ("torchvision", "uint8", "decoding")
+    print("ms per sample, and its ratio to this" + "; uint8: torchvision's without its detectors' float32" * (not base))
+    print(f"{'':>22} {'this':>7}" + "".join(f" {name:>12} {'ratio':>6}" for name in others))
     for size, masks in ((640, False), (1024, True)):
         annotations = data.load_annotations(root, masks=masks)
-        datasets = {
-            "torchvision": Torchvision(root, size, masks, True),
-            "uint8": Torchvision(root, size, masks, False),
-            "this": data.TrainSet(annotations, size, JITTER),
-            "decoding": Decoding(annotations),
-        }
+        datasets = {"this": data.TrainSet(annotations, size, JITTER), "decoding": Decoding(annotations)}
+        if base:
+            datasets["base"] = base.TrainSet(base.load_annotations(root, masks=masks), size, JITTER)
+        else:
+            datasets |= {name: Torchvision(root, size, masks, name == "torchvision") for name in others[:2]}
         t = milliseconds(datasets, rounds, samples)
-        what = f"{size}, {'boxes and masks' if masks else 'boxes'}"
-        theirs = [
-            f"{t[name]:{width}.2f} {t[name] / t['this']:6.2f}" for name, width in (("torchvision", 12), ("uint8", 7))
-        ]
-        share = 100 * t["decoding"] / t["this"]
-        print(f"{what:>22} {' '.join(theirs)} {t['this']:7.2f} {t['decoding']:9.2f} {share:4.0f} %")
+        cells = "".join(f" {t[name]:12.2f} {t[name] / t['this']:6.2f}" for name in others)
+        print(f"{f'{size}, boxes' + ' and masks' * masks:>22} {t['this']:7.2f}{cells}", flush=True)
 
 
 def write_json(root, scale):
@@ -184,6 +195,7 @@ def start(scale):
 def main():
     parser = argparse.ArgumentParser(description="Measure the data pipeline, or the start-up.")
     parser.add_argument("--data", type=Path, help="a folder in COCO's layout")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="another checkout, to measure its data.py beside ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=50, help="per round (default 50)")
     parser.add_argument("--start", action="store_true", help="measure the start-up and memory instead")
@@ -191,8 +203,10 @@ def main():
     args = parser.parse_args()
     if args.start:
         start(args.scale)
+    elif args.base and not (args.base / "data.py").is_file():
+        parser.error(f"--base {args.base} has no data.py")
     elif args.data:
-        throughput(args.data, args.rounds, args.samples)
+        throughput(args.data, args.base and data_of(args.base.resolve()), args.rounds, args.samples)
     else:
         parser.error("give --data FOLDER or --start")
 
