@@ -30,7 +30,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 from tqdm import tqdm
 
-from data import MIN_SIDE, VAL, EvalSet, crop_mask, full_view, load_annotations, make_loader, read_checked, read_image
+from data import VAL, EvalSet, crop_mask, full_view, load_annotations, make_loader, read_checked, read_image
 from data import resolve_root
 from model import HEADS, UserError, load_checkpoint, load_model
 
@@ -116,10 +116,9 @@ def paste_mask(mask, box, height, width):
     tents = []
     for axis in (0, 1):  # bilinear interpolation is a product with a matrix per axis, of which x is the first
         pixels = np.arange(low[axis], high[axis]) + 0.5
-        place = (pixels - box[axis]) * (len(mask) / max(box[axis + 2] - box[axis], MIN_SIDE)) - 0.5
+        place = (pixels - box[axis]) * (len(mask) / max(box[axis + 2] - box[axis], 1e-9)) - 0.5
         tents.append((1 - np.abs(place[:, None] - np.arange(len(mask)))).clip(0).astype(np.float32))  # (pixels, m)
-    inside = tents[1] @ np.asarray(mask, dtype=np.float32) @ tents[0].T > 0.5
-    image[low[1] : high[1], low[0] : high[0]] = inside
+    image[low[1] : high[1], low[0] : high[0]] = tents[1] @ np.asarray(mask, dtype=np.float32) @ tents[0].T > 0.5
     return coco_mask.encode(image)
 
 

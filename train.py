@@ -253,15 +253,16 @@ def refuse_divergence(state, losses, norm, lr, scaler, samples, place):
 
 def show_progress(bar, recent, batch_size, workers, place):
     """Rank 0's progress in the last steps: a bar on a terminal, else lines; a warning where data is late."""
-    row, seconds, waited = recent[-1], *(sum(r[name] for r in recent) for name in ("seconds", "waited"))
+    row, seconds = recent[-1], sum(r["seconds"] for r in recent)
+    late = sum(r["waited"] for r in recent) / seconds  # share of the time that the steps waited for data
     text = f"loss {row['loss']:.3f}, lr {row['lr']:.3g}, {len(recent) * batch_size / seconds:.1f} images/s"
     bar.set_postfix_str(text, refresh=False)
     bar.update()
     if row["step"] % PRINT_STEPS == 0 and place.rank == 0:
         if bar.disable:
             print(f"step {row['step']}/{bar.total}: {text}", flush=True)
-        if waited > MAX_WAITING * seconds:
-            bar.write(f"warning: {waited / seconds:.0%} of the time went on waiting for data; raise --workers ({workers})")
+        if late > MAX_WAITING:
+            bar.write(f"warning: {late:.0%} of the time went on waiting for data; raise --workers (now {workers})")
 
 
 def parse_args(argv=None):
