@@ -16,8 +16,7 @@ BN_EPSILON, BN_MOMENTUM = 1e-3, 0.01
 
 ACTIVATIONS = {"relu": F.relu, "swish": F.silu}
 
-# Departure: the paper names DropBlock for protocol A without its settings, and the released backbone
-# hard-codes it off. Block 7 follows the authors' ResNet code.
+# Departure: the paper names DropBlock for A without settings, the released backbone has it off; 7 is their ResNet's.
 DROP_BLOCK_SIZE = 7
 
 

@@ -22,21 +22,21 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from model import UserError
+from model import PIXEL_MEAN, UserError
 
 MAX_OBJECTS = 100  # targets per image (authors' yaml, max_num_instances)
 MASK_SIDE = 112  # cells of a target's mask, per side of its box (authors' yaml, gt_mask_size)
-PAD = torch.tensor((124, 116, 104), dtype=torch.uint8)  # the mean colour: 0 after normalization, within rounding
-MIN_SIDE = 0.01  # pixels: what the window leaves of an object's box below this is no object
+PAD = torch.tensor(PIXEL_MEAN).round().to(torch.uint8)  # (124, 116, 104): 0 after normalization, within rounding
+MIN_SIDE = 0.01  # pixels of the network's input: what the window leaves of an object's box below this is no object
 MAX_BROKEN = 10, 0.01  # broken objects: more than so many, and than this share, mean that the format is wrong
 TRAIN, VAL = "train2017", "val2017"
-KEPT_FROM, KEPT_VERSION = 50e6, 1  # bytes of a json, from which its arrays are kept in a file; that file's form
+KEPT_FROM, KEPT_VERSION = 50e6, 1  # the arrays of a json of more bytes are kept in a file beside it; its version
 
 
 class Annotations(NamedTuple):
     """One split as arrays, which forked workers share: no Python object is kept per annotation.
 
-    The objects of image i are the rows spans[i, 0] to spans[i, 1] of boxes, labels, crowd and area, and of starts.
+    The objects of image i, with its crowds, are rows spans[i, 0] to spans[i, 1] of boxes, labels, crowd, area, starts.
     """
 
     folder: str
@@ -50,7 +50,7 @@ class Annotations(NamedTuple):
     labels: np.ndarray  # (M,) int64 in 0..K-1
     crowd: np.ndarray  # (M,) bool
     area: np.ndarray  # (M,) float64: of the segmentation
-    codes: np.ndarray | None = None  # (C,) uint8: masks as COCO's compressed run-length codes, one after another
+    codes: np.ndarray | None = None  # (C,) uint8: the masks' compressed run-length codes, one after another
     starts: np.ndarray | None = None  # (M + 1,) int64: the code of object m is codes[starts[m] : starts[m + 1]]
     broken: str = ""  # what was dropped, in words
 
@@ -110,16 +110,6 @@ def split_paths(root, split):
     return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
 
 
-def resolve_root(data):
-    """The folder that `--data` names; for the name `shapes`, the generated set in data/shapes, written on first use."""
-    if data == "shapes":
-        sys.path.append(str(Path(__file__).with_name("tools")))
-        from make_shapes import write_shapes  # only here: nothing else at the root needs tools/
-
-        write_shapes(Path("data/shapes"))
-    return Path("data/shapes" if data == "shapes" else data)
-
-
 def load_annotations(root, split=TRAIN, masks=False):
     """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
 
@@ -150,17 +140,18 @@ def read_annotations(path, folder, masks):
     if stat.st_size < KEPT_FROM:
         return pack(path, folder, masks)
     print(f"reading {path}, which takes a while; its arrays will be kept in {kept}, if that can be written", flush=True)
-    annotations, draft = pack(path, folder, masks), kept.with_suffix(f".{os.getpid()}.tmp")
+    annotations, draft = pack(path, folder, masks), kept.with_suffix(f".{os.urandom(8).hex()}.tmp")
     fields = annotations._asdict() | {"files": annotations.files.tolist(), "stamp": stamp}
     with contextlib.suppress(OSError, RuntimeError):  # a full disk is a RuntimeError to torch
         torch.save({k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()}, draft)
         os.replace(draft, kept)
-    draft.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        draft.unlink()
     return annotations
 
 
 ID, SIDE = (-(2**63), 2**63 - 1), (1, 10**6)
-COLUMNS = {  # a json's lists; what each of their rows must have: a whole number in a range, or a row's id of another
+COLUMNS = {  # list of the json: {key: the range of its whole numbers, or the list whose ids it must be one of}
     "images": {"id": ID, "height": SIDE, "width": SIDE},
     "categories": {"id": ID},
     "annotations": {"image_id": "images", "category_id": "categories"},
@@ -181,49 +172,49 @@ def read_columns(path):
         if not rows and part != "annotations":
             raise UserError(f"{fault} it has no {part}")
         for key, allowed in keys.items():
-            values, (low, high) = [row.get(key) for row in rows], ID if allowed in COLUMNS else allowed
+            values, other = [row.get(key) for row in rows], allowed in COLUMNS
+            low, high = ID if other else allowed
             fits = np.array([isinstance(v, (int, float)) and low <= v <= high and v == int(v) for v in values], bool)
-            column = columns[part, key] = np.array([int(v) if ok else 0 for v, ok in zip(values, fits)], dtype=np.int64)
-            fits &= np.isin(column, columns[allowed, "id"]) if allowed in COLUMNS else True
+            columns[part, key] = np.array([int(v) if ok else 0 for v, ok in zip(values, fits)], dtype=np.int64)
+            if other:
+                fits &= np.isin(columns[part, key], columns[allowed, "id"])
             if not fits.all():
                 k, row = fits.argmin(), rows[fits.argmin()]
-                what = f"the id of one of its {allowed}" if allowed in COLUMNS else f"a whole number in {low} .. {high}"
+                what = f"the id of one of its {allowed}" if other else f"a whole number in {low} .. {high}"
                 raise UserError(f"{fault} {part}[{k}], id {row.get('id')!r}, has {key} {row.get(key)!r}: not {what}")
-        ids = columns.get((part, "id"), [str(row.get("id", f"none, {k}")) for k, row in enumerate(rows)])
-        values, counts = np.unique(ids, return_counts=True)
+        own = columns.get((part, "id"), [str(row.get("id", f"none, {k}")) for k, row in enumerate(rows)])
+        ids, counts = np.unique(own, return_counts=True)  # an annotation's own may be anything, or lack
         if counts.max(initial=0) > 1:
-            raise UserError(f"{fault} {part} has the id {values[counts.argmax()]} twice")
+            raise UserError(f"{fault} {part} has the id {ids[counts.argmax()]} twice")
     return content, columns
 
 
 def check_objects(objects, sizes, masks, path):
-    """Which of the M objects are sound: (boxes (M, 4) float64 xywh, codes, sound (M,) bool, what is broken, in words).
+    """Which of a json's J objects are sound: (boxes (J, 4) float64 xywh, mask codes, sound (J,) bool, faults in words).
 
-    sizes (M, 2): (width, height) of each one's image; codes: `encode_mask`'s. Raises UserError if too many are broken.
+    sizes (J, 2): (width, height) of each one's image; codes: `encode_mask`'s. Raises UserError if too many are broken.
     """
     boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
     low, sides = boxes[:, :2], boxes[:, 2:]
-    seen = (np.minimum(low + sides, sizes) - np.maximum(low, 0)).clip(0)  # (M, 2): of each box, in its image
+    seen = (np.minimum(low + sides, sizes) - np.maximum(low, 0)).clip(0)  # (J, 2): of each box, in its image
     codes = [encode_mask(o.get("segmentation"), h, w) if masks else b"" for o, (w, h) in zip(objects, sizes.tolist())]
-    rules = {  # in words: (M,) bool; an object is counted under the first that it breaks
-        "whose bbox is not four numbers": np.isnan(boxes).any(axis=1),
-        "whose bbox has a side that is not positive": (sides <= 0).any(axis=1),
-        "whose bbox is outside of its image by more than half": seen.prod(axis=1) < sides.prod(axis=1) / 2,
-        "without a sound segmentation": np.array([code is None for code in codes], dtype=bool),
+    rules = {  # (key, in words): (J,) bool; an object is counted under the first that it breaks
+        ("bbox", "not four numbers"): np.isnan(boxes).any(axis=1),
+        ("bbox", "without positive sides"): (sides <= 0).any(axis=1),
+        ("bbox", "outside of its image by more than half"): seen.prod(axis=1) < sides.prod(axis=1) / 2,
+        ("segmentation", "neither polygons nor run lengths of its image"): np.array([c is None for c in codes], bool),
     }
     sound, words = np.ones(len(objects), dtype=bool), []
-    for rule, breaks in rules.items():
+    for (key, rule), breaks in rules.items():
         broken = np.flatnonzero(breaks & sound)
         sound[broken] = False
         if len(broken):
-            first = objects[broken[0]]
-            value = str(first.get("bbox" if "bbox" in rule else "segmentation"))
-            words.append(f"{len(broken)} {rule}, such as annotation id {first.get('id')}: {value:.60}")
+            o = objects[broken[0]]
+            words.append(f"{len(broken)} whose {key} is {rule}, as annotation id {o.get('id')}: {o.get(key)!s:.60}")
     if (~sound).sum() > max(MAX_BROKEN[0], MAX_BROKEN[1] * len(objects)):
         what = f"of {len(objects)} objects {(~sound).sum()} are broken: {', '.join(words)}"
         form = "a bbox must be [x, y, width, height] in pixels (not two corners), inside its image"
-        more = ", a segmentation polygons or run lengths of its image (else: --head retinanet)" if masks else ""
-        raise UserError(f"{path}: {what}; {form}{more}; correct them")
+        raise UserError(f"{path}: {what}; {form}; correct them{', or use --head retinanet' if masks else ''}")
     return boxes, codes, sound, ", ".join(words)
 
 
@@ -231,29 +222,34 @@ def pack(path, folder, masks):
     """The Annotations in a json, without its broken objects. Raises UserError where it isn't COCO's."""
     content, columns = read_columns(path)
     objects = content["annotations"]
-    order, ranks = np.argsort(columns["images", "id"]), np.argsort(columns["categories", "id"])
-    ids, heights, widths = (columns["images", key][order] for key in ("id", "height", "width"))
-    files = np.array([str(content["images"][k].get("file_name")) for k in order])
-    category_ids = columns["categories", "id"][ranks]
-    categories = [(k, str(content["categories"][rank].get("name", k))) for k, rank in zip(category_ids.tolist(), ranks)]
-    owner = np.searchsorted(ids, columns["annotations", "image_id"])  # (all objects,): the index of its image
+    image_order, category_order = np.argsort(columns["images", "id"]), np.argsort(columns["categories", "id"])
+    ids, heights, widths = (columns["images", key][image_order] for key in ("id", "height", "width"))
+    files = np.array([str(content["images"][k].get("file_name")) for k in image_order])
+    category_ids = columns["categories", "id"][category_order]
+    names = [content["categories"][k].get("name", content["categories"][k]["id"]) for k in category_order]
+    owner = np.searchsorted(ids, columns["annotations", "image_id"])  # (J,): the index of its image
     boxes, codes, sound, broken = check_objects(objects, np.stack((widths, heights), axis=1)[owner], masks, path)
-    rows = np.flatnonzero(sound)
-    rows = rows[np.argsort(owner[rows], kind="stable")]  # (M,): the sound ones, image by image
-    bounds = np.searchsorted(owner[rows], np.arange(len(ids) + 1))
-    spans, boxes = np.stack((bounds[:-1], bounds[1:]), axis=1), boxes[rows]
-    labels = np.searchsorted(category_ids, columns["annotations", "category_id"])[rows]
-    crowd = np.array([bool(objects[m].get("iscrowd")) for m in rows], dtype=bool)
-    area = np.array([numbers([objects[m].get("area")], 1)[0] for m in rows], dtype=np.float64)
-    area = np.where(np.isnan(area), boxes[:, 2:].prod(axis=1), area)
-    codes = [codes[m] for m in rows]
-    packed = (np.frombuffer(b"".join(codes), np.uint8), np.cumsum([0, *map(len, codes)])) if masks else (None, None)
-    arrays = ids, files, heights, widths, spans, boxes, labels, crowd, area
-    return Annotations(str(folder), categories, *arrays, *packed, broken)
+    kept = np.flatnonzero(sound)
+    kept = kept[np.argsort(owner[kept], kind="stable")]  # (M,): the sound ones, image by image
+    bounds = np.searchsorted(owner[kept], np.arange(len(ids) + 1))
+    area = np.array([numbers([objects[j].get("area")], 1)[0] for j in kept], dtype=np.float64)
+    codes = [codes[j] for j in kept]
+    return Annotations(
+        str(folder),
+        list(zip(category_ids.tolist(), map(str, names))),
+        *(ids, files, heights, widths, np.stack((bounds[:-1], bounds[1:]), axis=1)),
+        boxes=boxes[kept],
+        labels=np.searchsorted(category_ids, columns["annotations", "category_id"])[kept],
+        crowd=np.array([bool(objects[j].get("iscrowd")) for j in kept], dtype=bool),
+        area=np.where(np.isnan(area), boxes[kept, 2:].prod(axis=1), area),  # where none is given, the box's
+        codes=np.frombuffer(b"".join(codes), dtype=np.uint8) if masks else None,
+        starts=np.cumsum([0, *map(len, codes)]) if masks else None,
+        broken=broken,
+    )
 
 
 def numbers(values, count, limit=1e9):
-    """A list of that many numbers, in pixels that can be, as it is; of anything else that many NaN."""
+    """`values` itself if it is a list of `count` numbers of a size below the limit, else `count` NaNs."""
     sound = isinstance(values, list) and len(values) == count
     sound = sound and all(isinstance(v, (int, float)) and abs(v) < limit for v in values)  # NaN compares false
     return values if sound else [math.nan] * count
@@ -267,13 +263,15 @@ def encode_mask(segmentation, height, width):
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"] if polygons else None
     code = segmentation if isinstance(segmentation, dict) else {}
     counts = code.get("counts") if code.get("size") == [height, width] else None
-    whole = isinstance(counts, list) and all(isinstance(v, int) and v >= 0 for v in counts)
-    if whole and sum(counts) == height * width:
-        return coco_mask.frPyObjects(code, height, width)["counts"]
-    with contextlib.suppress(ValueError):  # pycocotools raises it where the runs are more than the image's pixels
-        code = {"size": [height, width], "counts": str(counts).encode()}
-        sound = re.fullmatch("([P-o]{0,5}[0-O])+", str(counts)) and coco_mask.encode(coco_mask.decode(code)) == code
-        return code["counts"] if sound else None  # a code cut short decodes to anything: to another code
+    if isinstance(counts, list):
+        whole = all(isinstance(v, int) and v >= 0 for v in counts) and sum(counts) == height * width
+        return coco_mask.frPyObjects(code, height, width)["counts"] if whole else None
+    # A compressed code: after "P" to "o" a number goes on, with "0" to "O" it ends. One cut short decodes to anything.
+    if isinstance(counts, str) and re.fullmatch("([P-o]{0,5}[0-O])+", counts):
+        code = {"size": [height, width], "counts": counts.encode()}
+        with contextlib.suppress(ValueError):  # pycocotools raises it where the runs are more than the image's pixels
+            return code["counts"] if coco_mask.encode(coco_mask.decode(code)) == code else None
+    return None
 
 
 def crop_mask(code, box):
@@ -287,18 +285,18 @@ def crop_mask(code, box):
 
 
 class View(NamedTuple):
-    """How an image is seen: the source region (whole pixels), its size in the network's input, and the flip."""
+    """How an image is seen: a rectangle of the source, the size it gets in the network's input, and the flip."""
 
-    left: int
+    left: int  # whole pixels of the source, as the next three
     top: int
     right: int
     bottom: int
-    width: int
+    width: int  # pixels of the network's input, as the next
     height: int
     flip: bool = False
 
     def region(self):
-        """(2,) float32: the image's (height, width) in the network's input."""
+        """(2,) float32: the image's (height, width) in the network's input, which the model calls its size."""
         return torch.tensor([self.height, self.width], dtype=torch.float32)
 
     def boxes(self, boxes):
@@ -310,17 +308,15 @@ class View(NamedTuple):
         return boxes
 
     def image(self, image, size):
-        """PIL image -> uint8 (3, S, S), channels last in memory: the region, resized at once and padded."""
-        region = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
+        """PIL image -> uint8 (3, S, S), channels last in memory: the rectangle, resized at once and padded."""
+        pixels = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
         # The batch's dimension first: only then are all strides those of channels_last, and the resize 4 times as fast.
-        region = torch.from_numpy(region)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+        pixels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
         # Departure: the authors' bilinear resize is not antialiased.
-        region = F.interpolate(region, (self.height, self.width), mode="bilinear", antialias=True)[0]
-        region = region.permute(1, 2, 0)  # (h', w', 3)
-        canvas = torch.empty(size, size, 3, dtype=torch.uint8)
-        canvas[: self.height, : self.width] = region.flip(1) if self.flip else region
-        pad = PAD.repeat(size, 1)  # (S, 3): rows are copied faster than pixels
-        canvas[self.height :], canvas[: self.height, self.width :] = pad, pad[self.width :]
+        pixels = F.interpolate(pixels, (self.height, self.width), mode="bilinear", antialias=True)
+        pixels = pixels[0].permute(1, 2, 0)  # (h', w', 3)
+        canvas = PAD.repeat(size, 1).repeat(size, 1, 1)  # (S, S, 3)
+        canvas[: self.height, : self.width] = pixels.flip(1) if self.flip else pixels
         return canvas.permute(2, 0, 1)
 
 
@@ -335,7 +331,7 @@ def draw_view(rng, height, width, size, jitter, flip=True):
 
     The image is scaled as in `full_view` by a scale from U(jitter); a size x size window is cut from it at a
     uniform integer offset. Only the source pixels under the window are kept, to be resized once.
-    Departure: their edges are rounded to whole pixels, so that the window moves by half of one at most.
+    Departure: their edges are rounded to whole pixels: the window moves by half of one, and stretches by one, at most.
     """
     full = full_view(height, width, size, rng.uniform(*jitter))
     edges = []
@@ -343,7 +339,7 @@ def draw_view(rng, height, width, size, jitter, flip=True):
         offset = rng.integers(0, max(scaled - size, 0), endpoint=True)
         start = min(round(offset * source / scaled), source - 1)
         stop = round((offset + min(scaled, size)) * source / scaled)
-        edges.append((start, max(stop, start + 1)))
+        edges.append((start, max(stop, start + 1)))  # one pixel at least
     (left, right), (top, bottom) = edges
     flip = bool(flip and rng.random() < 0.5)
     return View(left, top, right, bottom, min(full.width, size), min(full.height, size), flip)
@@ -384,7 +380,7 @@ class TrainSet(Dataset):
     A sample is a dict: image uint8 (3, S, S) RGB; boxes (100, 4) float32 xyxy and labels (100,) int64, padded
     with zeros and -1; region (2,) float32, the image's (height, width) in the square; noise, 32 random bits from which
     the model draws anchors and RoIs; and, if the annotations have masks, masks (100, 112, 112) uint8, each inside its
-    own clipped box. Left out are only crowds, boxes outside the window, and what is drawn to be above 100.
+    own clipped box. Left out are only crowds, boxes outside the window, and, drawn anew, those above 100.
     """
 
     def __init__(self, annotations, size, jitter, flip=True, seed=0):
@@ -449,7 +445,7 @@ def collate(samples):
 
 
 def leave_signals_to_main(worker):
-    """Ctrl-C and SIGTERM go to a whole process group: out of it, a worker lives until the main process is done."""
+    """Terminals and torchrun signal a whole process group; a worker leaves it, so that the main process can finish."""
     os.setpgrp()
 
 

@@ -31,24 +31,23 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from tqdm import tqdm
 
 from data import VAL, EvalSet, crop_mask, full_view, load_annotations, make_loader, read_checked, read_image
-from data import resolve_root
 from model import HEADS, UserError, load_checkpoint, load_model
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation
+GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation; the lowest score in pictures
 
 
 @torch.no_grad()
 def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categories=None, out=None, per_class=False):
-    """COCO's metrics of a model on one split: {"AP": ..., ...}, the same on every rank.
+    """COCO's metrics of a model on one split, by all ranks together: {"AP": ..., ...}, the same on every rank.
 
     Rank 0 prints COCO's twelve lines, for boxes and, if the annotations have masks, for masks ("mask_AP", ...), and,
-    given `out`, writes results.json there. `categories` are the model's, if they are not the data set's. Every image
-    is seen once, whatever the number of ranks.
+    given `out`, writes results.json there. `categories` are the model's, by default the data set's; `place` is a Place,
+    which the last part of this file has. Every image is seen once, whatever the number of ranks.
     """
     began, was_training = time.perf_counter(), model.training
     model.eval()
-    if place.world > 1:  # without SyncBN (on CPUs) every rank has statistics of its own: rank 0's are the model's
+    if place.world > 1:  # without SyncBN, on CPUs, every rank has statistics of its own: rank 0's are the model's
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     mine = range(place.rank, len(annotations.ids), place.world)
@@ -59,19 +58,18 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
         with place.autocast():
             detections = model(place.move(batch["image"]), sizes=batch["region"])
         for i, found in zip(batch["index"].tolist(), detections):
-            image = int(annotations.ids[i]), int(annotations.widths[i]), int(annotations.heights[i])
-            rows[i] = coco_rows(found, *image, size, categories or annotations.categories)
+            original = int(annotations.ids[i]), int(annotations.heights[i]), int(annotations.widths[i])
+            rows[i] = coco_rows(found, *original, size, categories or annotations.categories)
     model.train(was_training)
-    parts, metrics = [rows] * place.world, [None]
+    gathered, metrics = [rows] * place.world, [None]  # filled by the collectives
     if place.world > 1:
-        dist.all_gather_object(parts, rows)
+        dist.all_gather_object(gathered, rows)
     if place.rank == 0:
-        seen = sorted(i for part in parts for i in part)
-        if seen != list(range(len(annotations.ids))):
-            raise RuntimeError(f"{len(seen)} evaluated images are not the {len(annotations.ids)} of the data set")
-        print(f"evaluated {len(seen)}/{len(annotations.ids)} images in {time.perf_counter() - began:.1f} s")
-        rows = {i: own for part in parts for i, own in part.items()}
-        results = [row for i in seen for row in rows[i]]
+        rows = {i: own for part in gathered for i, own in part.items()}  # of all ranks
+        if not sum(map(len, gathered)) == len(rows) == len(annotations.ids):
+            raise RuntimeError("an image of the data set was evaluated twice or never")
+        print(f"evaluated {len(rows)}/{len(annotations.ids)} images in {time.perf_counter() - began:.1f} s")
+        results = [row for i in sorted(rows) for row in rows[i]]
         if out is not None:
             Path(out, "results.json").write_text(json.dumps(results))
         metrics = [coco_metrics(annotations, results, per_class)]
@@ -80,12 +78,12 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
     return metrics[0]
 
 
-def coco_rows(found, image_id, width, height, size, categories):
+def coco_rows(found, image_id, height, width, size, categories):
     """One image's detections as COCO's result dicts: original ids and pixels, xywh, masks as run-length codes.
 
     found: boxes (n, 4) in the network's input of that `size`, labels (n,), scores (n,) and, or not, masks (n, 28, 28).
     """
-    boxes = to_original(found["boxes"], width, height, size)
+    boxes = to_original(found["boxes"], height, width, size)
     xywh = np.concatenate((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), axis=1)
     rows = [
         {"image_id": image_id, "category_id": categories[label][0], "bbox": box, "score": score}
@@ -98,17 +96,17 @@ def coco_rows(found, image_id, width, height, size, categories):
     return rows
 
 
-def to_original(boxes, width, height, size):
+def to_original(boxes, height, width, size):
     """Boxes (n, 4) in the network's input -> float64 in the pixels of the original image."""
     view = full_view(height, width, size)
     return boxes.cpu().numpy().astype(np.float64) * np.array([width / view.width, height / view.height] * 2)
 
 
 def paste_mask(mask, box, height, width):
-    """A mask (m, m) in 0..1 of a box (4,) xyxy, in image pixels, as COCO's compressed run-length code of the image.
+    """A mask (m, m) in 0..1 inside a box (4,) xyxy of an image as COCO's run-length code, as pycocotools has it.
 
-    A pixel is the object's where the mask, bilinearly at the pixel's centre, is above 0.5; outside the centres of its
-    outer cells the mask falls to 0 as if it were padded. Departure: the authors round the box to whole pixels first.
+    A pixel is the object's where the mask, read bilinearly at the pixel's centre and padded with a cell of 0, is above
+    0.5. Departure: the authors round the box to whole pixels first.
     """
     image = np.zeros((height, width), dtype=np.uint8, order="F")
     low = np.floor(box[:2]).clip(0, (width, height)).astype(int)
@@ -116,9 +114,10 @@ def paste_mask(mask, box, height, width):
     tents = []
     for axis in (0, 1):  # bilinear interpolation is a product with a matrix per axis, of which x is the first
         pixels = np.arange(low[axis], high[axis]) + 0.5
-        place = (pixels - box[axis]) * (len(mask) / max(box[axis + 2] - box[axis], 1e-9)) - 0.5
-        tents.append((1 - np.abs(place[:, None] - np.arange(len(mask)))).clip(0).astype(np.float32))  # (pixels, m)
-    image[low[1] : high[1], low[0] : high[0]] = tents[1] @ np.asarray(mask, dtype=np.float32) @ tents[0].T > 0.5
+        cells = (pixels - box[axis]) * (len(mask) / max(box[axis + 2] - box[axis], 1e-9)) - 0.5  # 1e-9: an empty box
+        tents.append((1 - np.abs(cells[:, None] - np.arange(len(mask)))).clip(0).astype(np.float32))  # (pixels, m)
+    inside = tents[1] @ np.asarray(mask, dtype=np.float32) @ tents[0].T > 0.5  # (h, m) (m, m) (m, w)
+    image[low[1] : high[1], low[0] : high[0]] = inside
     return coco_mask.encode(image)
 
 
@@ -134,8 +133,9 @@ def coco_metrics(annotations, results, per_class=False):
     metrics, truth = {}, ground_truth(annotations)
     for kind, prefix in (("bbox", ""), ("segm", "mask_"))[: 1 if annotations.codes is None else 2]:
         print(kind.capitalize())
+        # As COCO.loadRes would, which takes the box's area where there are both.
         found = [row | {"area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0} for row in results]
-        for row in found if prefix else ():  # one at a time: pycocotools 2.0.11 fails on over 255 codes under numpy 2
+        for row in found if kind == "segm" else ():  # singly: pycocotools 2.0.11 fails on over 255 codes under numpy 2
             row["area"] = float(coco_mask.area(row["segmentation"]))
         with contextlib.redirect_stdout(io.StringIO()):
             judge = COCOeval(coco_index(annotations, truth), coco_index(annotations, found), kind)
@@ -165,7 +165,7 @@ def ground_truth(annotations):
 
 
 def coco_index(annotations, objects):
-    """A pycocotools COCO of a split's images and categories with the given objects, whose ids count from 1."""
+    """A pycocotools COCO of a split with the given objects, whose ids count from 1: to COCOeval 0 means unmatched."""
     index, a = COCO(), annotations
     images = [dict(id=i, height=h, width=w) for i, h, w in zip(a.ids.tolist(), a.heights.tolist(), a.widths.tolist())]
     categories = [{"id": k, "name": name} for k, name in a.categories]
@@ -215,7 +215,7 @@ def write_grid(model, annotations, size, place, path):
         if annotations.codes is not None:
             masks = [crop_mask(annotations.mask(i, m), box) for m, box in zip(annotations.rows(i), boxes)]
         found = see(model, image, size, place, GRID_SCORE)
-        found["boxes"] = to_original(found["boxes"], image.width, image.height, size)
+        found["boxes"] = to_original(found["boxes"], image.height, image.width, size)
         for objects in ({"boxes": boxes, "labels": labels, "masks": masks}, found):
             objects["boxes"] = torch.from_numpy(view.boxes(objects["boxes"]))
             panels.append(draw_objects(view.image(image, GRID_SIDE), names=names, **objects))
@@ -236,9 +236,9 @@ def predict(model, source, out, categories, size, place, score):
     for file in files:
         image = ImageOps.exif_transpose(read_image(file, "--images"))  # a photo is shown upright
         found = see(model, image, size, place, score)
-        for row in coco_rows(found, file.name, image.width, image.height, size, categories):
+        for row in coco_rows(found, file.name, image.height, image.width, size, categories):
             rows.append({"file": row.pop("image_id"), "category": names[row["category_id"]]} | row)
-        found["boxes"] = torch.from_numpy(to_original(found["boxes"], image.width, image.height, size))
+        found["boxes"] = torch.from_numpy(to_original(found["boxes"], image.height, image.width, size))
         drawn = draw_objects(torch.from_numpy(np.array(image)).permute(2, 0, 1), names=list(names.values()), **found)
         Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(out / f"{file.name}.png")
     (out / "predictions.json").write_text(json.dumps(rows, indent=1))
@@ -254,7 +254,7 @@ def main(argv=None):
     add("--limit", type=int, metavar="N", help="only the first N images")
     add("--per-class", action="store_true", help="print AP by class, too")
     add("--images", type=Path, help="an image or a folder of images to predict on, instead of --data")
-    add("--score", type=float, default=0.3, help="with --images: draw detections from here on (default 0.3)")
+    add("--score", type=float, default=GRID_SCORE, help=f"with --images: the lowest to show (default {GRID_SCORE})")
     add("--out", type=Path, help="folder of results.json or of the pictures (default: beside the weights)")
     add("--micro-batch", type=int, default=8, help="images at once per device (default 8)")
     add("--workers", type=int, default=2)
@@ -277,9 +277,9 @@ def main(argv=None):
         if lacking:
             what = f"{args.weights} was trained on other classes; it lacks {len(lacking)}, as {sorted(lacking)[:5]}"
             raise UserError(f"{what}; train on this data, with --weights to start from that checkpoint")
-        split, batch = split.select(slice(args.limit)), (args.micro_batch, args.workers)
-        detector = load_model(checkpoint, place)
-        evaluate(detector, split, recipe["size"], place, *batch, categories, make_folder(out), args.per_class)
+        split, detector = split.select(slice(args.limit)), load_model(checkpoint, place)
+        options = dict(categories=categories, out=make_folder(out), per_class=args.per_class)
+        evaluate(detector, split, recipe["size"], place, args.micro_batch, args.workers, **options)
     finish(place)
 
 
@@ -300,7 +300,7 @@ class Place(NamedTuple):
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
     def move(self, value):
-        """A module or a batch of images to the device, channels last but in float32 on CUDA, where that is slower."""
+        """A module or a batch of images to the device, channels last, except in float32 on CUDA, where that is slower."""
         layout = torch.contiguous_format if self.device.type == "cuda" and not self.amp else torch.channels_last
         return value.to(self.device, memory_format=layout, non_blocking=True)
 
@@ -312,26 +312,25 @@ def start(device_name=None, amp="auto"):
     """
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = name == "cuda"
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine or this torch build has no MPS; use --device cpu")
-    if name == "cuda":
+    if cuda:
         if local >= torch.cuda.device_count():
             found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
             raise UserError(f"--device cuda: {found} for process {local}; check nvidia-smi, or use --device cpu")
         torch.cuda.set_device(local)
         name = f"cuda:{local}"
-    device = torch.device(name)
     if amp == "auto":  # torch.cuda.is_bf16_supported() says yes on a V100, too, by emulation: hence the capability
-        cuda = device.type == "cuda"
-        amp = ("bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16") if cuda else "off"
-    if amp == "fp16" and device.type != "cuda":
+        amp = ("bf16" if torch.cuda.get_device_capability(local)[0] >= 8 else "fp16") if cuda else "off"
+    if amp == "fp16" and not cuda:
         raise UserError("--amp fp16 needs a CUDA device; use bf16 or off")
-    place = Place(device, rank, world, AMP[amp])
-    if device.type == "cuda":
+    place = Place(torch.device(name), rank, world, AMP[amp])
+    if cuda:
         try_device(place)
     if world > 1 and not dist.is_initialized():
         # Rank 0 alone runs COCOeval while the others wait: minutes on a large set, never an hour.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
     return place
 
 
@@ -353,10 +352,19 @@ def try_device(place):
 def finish(place):
     """Leave the process group, all ranks together."""
     if place.world > 1:
-        # torch 2.10's gloo threads need the interpreter to drop a finished all-reduce: destroying the group before that
-        # can lock both for ever. The barrier lets them end.
+        # In torch 2.10 destroying the group while a gloo thread still ends an all-reduce can lock both for ever.
         dist.barrier()
         dist.destroy_process_group()
+
+
+def resolve_root(data):
+    """The folder that `--data` names; for the name `shapes`, the generated set in data/shapes, written on first use."""
+    if data == "shapes":
+        sys.path.append(str(Path(__file__).with_name("tools")))
+        from make_shapes import write_shapes  # only here: nothing else at the root needs tools/
+
+        write_shapes(Path("data/shapes"))
+    return Path("data/shapes" if data == "shapes" else data)
 
 
 @contextlib.contextmanager
@@ -389,7 +397,7 @@ def one_sentence():
         # A DataLoader worker puts its traceback before the sentence, which follows the exception's name.
         sentence = str(error).rpartition("UserError: ")[2].strip()
     except OSError as error:
-        sentence = f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}"
+        sentence = f"{error.filename or 'a system call'} failed: {error.strerror or error}"
     except torch.OutOfMemoryError as error:
         sentence = f"{str(error).splitlines()[0]} Free the device, or use a smaller --micro-batch"
     except RuntimeError as error:  # a dead worker's is raised by a signal, wherever the main process then is
@@ -398,7 +406,7 @@ def one_sentence():
         reason = str(error).splitlines()[0].strip()
         sentence = f"{reason} Most often memory ran out, the machine's or /dev/shm: use fewer --workers"
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(5)  # where the first process says the same, torchrun ends this one before
+        time.sleep(5)  # where the first process says the same, torchrun ends this one before, if not in training
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 

@@ -1,7 +1,6 @@
 """What is the recipe, and the loop? Protocols, learning rate, one step, one loop for 1 CPU to N GPUs.
 
-In reading order: the recipe's tables, the learning rate, one optimizer step, which sees ranks x micro-batch x
-accumulation images, the loop, what it stands on, and the way from the command line to it.
+An optimizer step sees ranks x micro-batch x accumulation images.
 
     python train.py --arch tiny --size 128 --protocol toy --data shapes
     torchrun --nproc_per_node 8 train.py --arch 49 --size 640 --protocol B
@@ -24,15 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from blocks import BN_MOMENTUM
-from data import TRAIN, VAL, TrainSet, load_annotations, make_loader, micro_batches, resolve_root, split_paths
-from evaluate import AMP, evaluate, finish, make_folder, one_process_first, one_sentence, start, write_grid
+from data import TRAIN, VAL, TrainSet, load_annotations, make_loader, micro_batches, split_paths
+from evaluate import AMP, evaluate, finish, make_folder, one_process_first, one_sentence, resolve_root, start
+from evaluate import write_grid
 from loss import MASK_ROIS, ROIS
 from model import ARCHS, HEADS, MULTIPLE, Arch, UserError, build_model, differences, load_checkpoint, load_weights
 
 # The recipe: a dict, from these tables to the checkpoint (paper section 5.1 and its tables' captions; authors' yaml
-# files). All share: the global batch, over all devices and accumulation steps; the learning rate per 256 images; the
-# gradient's largest norm; stochastic depth at the last block; DropBlock (departure: the paper names it for A and gives
-# no number); epochs between evaluations.
+# files). batch_size is global, over devices and accumulation steps; lr per 256 images; clip the gradient's norm;
+# drop_path stochastic depth's rate at the last block; drop_rate DropBlock's (departure: the paper names it for A and
+# gives no number); eval_every in epochs.
 SHARED = dict(batch_size=256, lr=0.28, clip=10.0, activation="relu", drop_path=0.0, drop_rate=0.0)
 SHARED |= dict(bn_momentum=BN_MOMENTUM, flip=True, eval_every=10)
 PROTOCOLS = {  # jitter: the range of the scale
@@ -44,24 +44,22 @@ PROTOCOLS = {  # jitter: the range of the scale
 # What a head adds to every protocol (authors' yaml files). Mask R-CNN's gradient is not clipped; its images have `rois`
 # regions of interest, of which `mask_rois` may be foreground, the ones that get masks.
 HEAD_FIELDS = {"retinanet": {}, "mask_rcnn": dict(clip=math.inf, rois=ROIS, mask_rois=MASK_ROIS)}
-# What the authors' yaml files change for one arch, by (protocol, head, arch).
+# What the authors' yaml files, and toy's rows, change by (protocol, head) or (protocol, head, arch).
 EXCEPTIONS = {
     ("C", "retinanet", "143"): dict(jitter=[0.1, 1.9], drop_path=0.16),
     ("C", "retinanet", "190"): dict(jitter=[0.1, 1.9], epochs=400, lr=0.3),
     ("C", "mask_rcnn", "190"): dict(jitter=[0.1, 2.0], epochs=400),
-    ("toy", "mask_rcnn"): dict(rois=64, mask_rois=16),  # not in the paper, nor the next
+    ("toy", "mask_rcnn"): dict(rois=64, mask_rois=16),
     ("toy", "mask_rcnn", "tiny"): dict(epochs=16, eval_every=8),
 }
 # What --overfit changes in any protocol. In few steps a momentum of 0.01 does not forget batch norm's initial variance.
 OVERFIT = dict(jitter=[1.0, 1.0], flip=False, epochs=400, eval_every=100, bn_momentum=0.1)
-
 MOMENTUM, WEIGHT_DECAY = 0.9, 4e-5
 LR_BATCH, WARMUP_LR, WARMUP_STEPS = 256, 0.0067, 2000  # rates and the warm-up's length are for a batch of 256
 DROPS = (30, 10)  # epochs before the end at which the learning rate is divided by 10
 # Departure, for runs that the paper has not: under 60 epochs the drops are shares of the run, and the warm-up is at
 # most a tenth of any run.
 SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
-
 # Images of 640 x 640 that 16 GB hold under autocast with ReLU, (RetinaNet, Mask R-CNN): by account, not by measurement
 # (tools/bench_step.py --memory). Swish keeps its inputs, DropBlock its masks: either takes at most SWISH times as much.
 FITS = {"tiny": (59, 47), "49S": (33, 23), "49": (23, 14), "96": (16, 11), "143": (12, 9), "190": (6, 4)}
@@ -88,7 +86,7 @@ def lr_at(step, epochs, steps_per_epoch, batch_size=LR_BATCH, lr=SHARED["lr"]):
     (_, lowest), (warmup, peak), *drops = schedule(epochs, steps_per_epoch, batch_size, lr)
     if step < warmup:
         return lowest + (step / warmup) * (peak - lowest)
-    return ([peak] + [rate for drop, rate in drops if step >= drop])[-1]
+    return min([peak, *(rate for drop, rate in drops if step >= drop)])
 
 
 def make_optimizer(model):
@@ -102,7 +100,7 @@ def make_optimizer(model):
 def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
     """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the gradient's norm before clipping.
 
-    batches: this rank's micro-batches of the step. Nothing is read back from the device but by GradScaler.
+    batches: this rank's micro-batches of the step. Nothing is read back from the device but by GradScaler and SyncBN.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -120,7 +118,7 @@ def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() / len(batches)
     scaler.unscale_(optimizer)
-    # Departure: the authors' clipped gradient contains weight decay's; SGD adds it after the clipping here.
+    # Departure: the authors clip each core's own gradient, with weight decay's; here the mean over ranks, without it.
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
     scaler.step(optimizer)
     scaler.update()
@@ -128,7 +126,7 @@ def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
 
 
 def read_step(means, norm, stop, place):
-    """The step's one host read: ({name: loss, mean over the ranks}, gradient norm, whether any rank asks to stop)."""
+    """The loop's one host read: ({name: loss, mean over the ranks}, gradient norm, whether any rank asks to stop)."""
     values = torch.stack([*means.values(), torch.full_like(norm, float(stop))])
     if place.world > 1:
         dist.all_reduce(values)
@@ -140,18 +138,19 @@ def read_step(means, norm, stop, place):
 def fit(parts, state, samples, val, place, out, workers):
     """The loop: from state["step"] to the last step, or until a signal asks to stop; whether it came to the end.
 
-    parts: {"model", "optimizer", "scaler"}; state: the plain rest of a checkpoint. last.pt is written at every epoch,
-    after every evaluation, and at least every 15 minutes.
+    parts: {"model", "optimizer", "scaler"}; state: the rest of a checkpoint, {"step", "evaluated" (the step of the last
+    evaluation), "best" (box AP), "skipped", "recipe", "categories"}. last.pt is written at every epoch, after every
+    evaluation, and at least every 15 minutes.
     """
-    recipe, model, optimizer, scaler = state["recipe"], *parts.values()
-    if place.world > 1:
+    recipe, model, optimizer, scaler = state["recipe"], parts["model"], parts["optimizer"], parts["scaler"]
+    if place.world > 1:  # parts keep the bare model, for evaluation, which broadcasts its buffers, and for checkpoints
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batch_size, per_epoch = recipe["batch_size"], math.ceil(len(samples.annotations.ids) / recipe["batch_size"])
     total, accumulate = recipe["epochs"] * per_epoch, batch_size // place.world // recipe["micro_batch"]
     order = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
     loader = iter(make_loader(samples, order, workers, place.device.type == "cuda"))
     log, asked = open_log(out / "log.jsonl", state, place), catch_signals()
-    bar = tqdm(total=total, initial=state["step"], disable=place.rank > 0 or None, smoothing=0.05)
+    bar = tqdm(total=total, initial=state["step"], disable=place.rank > 0 or None)  # None: where there is no terminal
     recent, saved = [], time.monotonic()
     model.train()
     while True:
@@ -173,7 +172,7 @@ def fit(parts, state, samples, val, place, out, workers):
         row |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]}
         row |= {"seconds": time.perf_counter() - began, "waited": waited}
         log(row)
-        recent = [*recent[1 - PRINT_STEPS :], row]
+        recent = [*recent, row][-PRINT_STEPS:]
         show_progress(bar, recent, batch_size, workers, place)
         if stop or (step + 1) % per_epoch == 0 or time.monotonic() - saved > SAVE_SECONDS:
             save(out / "last.pt", parts, state, place)
@@ -230,7 +229,7 @@ def open_log(path, state, place):
 
 
 def catch_signals():
-    """A list that is filled once SIGTERM or Ctrl-C has come; a second Ctrl-C ends the process at once."""
+    """A list that is filled once SIGTERM or Ctrl-C has come, to be heeded after the step; Ctrl-C then ends it at once."""
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: (asked.append(n), signal.signal(signal.SIGINT, signal.default_int_handler)))
@@ -241,14 +240,14 @@ def refuse_divergence(state, losses, norm, lr, scaler, samples, place):
     """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
     if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or scaler.is_enabled()):
         return
-    if place.rank > 0:
+    if place.rank > 0:  # rank 0 says why
         raise SystemExit(1)
     first, batch_size = state["step"] * state["recipe"]["batch_size"], state["recipe"]["batch_size"]
     ids = [int(samples.annotations.ids[samples.image_of(n)[1]]) for n in range(first, first + batch_size)]
     terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
     what = f"at step {state['step'] + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, image ids {ids}"
     cure = "try a lower --lr, or look for broken boxes with tools/look.py --data FOLDER --show 8"
-    raise SystemExit(f"error: training diverged {what}; {cure}; a last.pt is from before")
+    raise SystemExit(f"error: training diverged {what}; {cure}; last.pt is from before")
 
 
 def show_progress(bar, recent, batch_size, workers, place):
@@ -303,7 +302,7 @@ def resolve(args, arch=None):
     recipe = {name: getattr(args, name) for name in ("arch", "size", "protocol", "head", "seed", "overfit", "limit")}
     recipe |= PROTOCOLS[args.protocol] | HEAD_FIELDS[args.head] | EXCEPTIONS.get((args.protocol, args.head), {})
     recipe |= EXCEPTIONS.get((args.protocol, args.head, args.arch), {})
-    recipe |= OVERFIT | {"batch_size": args.overfit} if args.overfit else {}
+    recipe |= (OVERFIT | {"batch_size": args.overfit}) if args.overfit else {}
     for name in ("batch_size", "epochs", "lr", "jitter", "eval_every"):
         recipe[name] = recipe[name] if getattr(args, name) is None else getattr(args, name)
     if not 0 < recipe["jitter"][0] <= recipe["jitter"][1] < math.inf:
@@ -368,19 +367,20 @@ def make_parts(recipe, categories, place):
 
 
 def resume_from(checkpoint, state, parts, total, path):
-    """Go on from a checkpoint, unless it is another model's or past the end; a sentence says what has changed."""
-    old, new = ({"classes": part["categories"]} | part["recipe"] for part in (checkpoint, state))
+    """Fill state and parts from a checkpoint, unless it is another model's or past the end; says what has changed."""
+    old, new = (one["recipe"] | {"classes": one["categories"]} for one in (checkpoint, state))
     for name in ("network", "size", "head", "classes"):
         if old[name] != new[name]:
-            was = differences(*(one["network"] if name == "network" else {name: one[name]} for one in (old, new)))
-            raise UserError(f"--resume {path}: the checkpoint's {name} differs ({was}); use --weights to start from it")
+            was = differences(old["network"], new["network"]) if name == "network" else f"{old[name]} -> {new[name]}"
+            raise UserError(f"--resume {path}: the checkpoint's {name} differs ({was:.200}); use --weights instead")
     if checkpoint["step"] > total:
         raise UserError(f"--resume {path}: it has {checkpoint['step']} steps behind it, and this recipe only {total}")
     state |= {name: checkpoint[name] for name in ("step", "evaluated", "best", "skipped")}
     for name, part in parts.items():
         if checkpoint[name]:  # the scaler's is empty where the run was not in float16 so far
             part.load_state_dict(checkpoint[name])
-    return ", ".join([f"resuming at step {state['step']}", differences(old, new)]).removesuffix(", ")
+    changed = differences(old, new)
+    return f"resuming at step {state['step']}" + (f" with a changed recipe: {changed}" if changed else "")
 
 
 def main(argv=None, arch=None):
@@ -389,12 +389,11 @@ def main(argv=None, arch=None):
     recipe = resolve(args, arch)
     out = args.out or Path("runs", "{arch}_{size}_{protocol}_{head}".format(**recipe))
     resume = None if args.resume is None else Path(args.resume or out / "last.pt")
-    if (out / "last.pt").exists() and not (resume and resume.parent.resolve() == out.resolve()):
+    if (out / "last.pt").exists() and not (resume and resume.resolve() == (out / "last.pt").resolve()):
         raise UserError(f"{out} already holds a run: continue that one with --resume, or give another --out")
     checkpoint = load_checkpoint(resume or args.weights) if resume or args.weights else None
-
     place = start(args.device, args.amp)
-    say = print if place.rank == 0 else lambda text: None
+    say = lambda text: print(text, flush=True) if place.rank == 0 else None  # noqa: E731
     micro, batch_size = split_batch(recipe, args.micro_batch, place), recipe["batch_size"]
     recipe |= {"micro_batch": micro, "devices": place.world}
     with one_process_first(place):  # which writes the generated set, and the arrays of a large json
@@ -403,7 +402,6 @@ def main(argv=None, arch=None):
     say("recipe: " + ", ".join(f"{k} {v}" for k, v in recipe.items() if v is not None and k != "network"))
     say(f"train: {train.summary()}")
     say(f"evaluate: {val.summary()}" if val is not train else f"evaluating on {TRAIN}: the same images")
-
     categories, per_epoch = [list(category) for category in train.categories], math.ceil(len(train.ids) / batch_size)
     parts, total = make_parts(recipe, categories, place), recipe["epochs"] * per_epoch
     split = f"{place.world} device(s) x {micro} images x {batch_size // place.world // micro} micro-steps"
@@ -413,12 +411,13 @@ def main(argv=None, arch=None):
     rates = ", ".join(f"{rate:.4g} at step {step:.0f}" for step, rate in corners)
     say(f"learning rate: {recipe['lr']} x {batch_size} / {LR_BATCH}: {rates} of {total}, {per_epoch} an epoch")
     state = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "recipe": recipe, "categories": categories}
+    note = f"writing to {out}"
     if resume:
-        say(resume_from(checkpoint, state, parts, total, resume))
+        note += ", " + resume_from(checkpoint, state, parts, total, resume)
     elif args.weights:
-        say(load_weights(parts["model"], checkpoint, categories, args.weights))
-    say(f"writing to {out}")
-    began = time.perf_counter()
+        note += "; " + load_weights(parts["model"], checkpoint, categories, args.weights)
+    say(note)
+    began, checkpoint = time.perf_counter(), None  # whose memory is needed no more
     finished = fit(parts, state, samples, val, place, make_folder(out), args.workers)
     how = f"best AP {state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
     say(f"step {state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {out}")

@@ -1,4 +1,4 @@
-"""data.py: annotations, scale jitter, the sampler, the generated set, its command line."""
+"""data.py: annotations, scale jitter, the sampler; tools/make_shapes.py and tools/look.py."""
 
 import json
 import os
@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from make_shapes import SHAPES, write_shapes
 from pycocotools.coco import COCO
 
 import data
+import look
 from data import (
     MAX_OBJECTS,
     PAD,
-    SHAPES,
     TRAIN,
     VAL,
     TrainSet,
@@ -26,7 +27,7 @@ from data import (
     make_loader,
     micro_batches,
     read_image,
-    write_shapes,
+    resolve_root,
 )
 from model import PIXEL_MEAN, Normalize
 
@@ -65,26 +66,26 @@ def test_crowds_and_empty_images_are_counted(coco_sample):
 
 
 def test_annotations_are_packed(shapes):
-    """Oracle: the types. Whatever grows with the images or the objects is an array of numbers or bytes."""
-    a = load_annotations(shapes)
-    growing = [v for v in a if hasattr(v, "__len__") and len(v) >= len(a.ids) and not isinstance(v, str)]
-    assert len(growing) == 9 and all(isinstance(v, np.ndarray) and v.dtype.kind in "ifbS" for v in growing)
+    """Oracle: the types. Whatever grows with the images or the objects is an array of numbers, bytes or text."""
+    for masks in (False, True):
+        a = load_annotations(shapes, masks=masks)
+        growing = [v for v in a if hasattr(v, "__len__") and len(v) >= len(a.ids) and not isinstance(v, str)]
+        assert len(growing) == (11 if masks else 9)
+        assert all(isinstance(v, np.ndarray) and v.dtype.kind in "iufbU" for v in growing)
 
 
 def same(first, second):
-    """Whether two packed structures hold equal arrays and values."""
-    if isinstance(first, np.ndarray):
-        return first.dtype == second.dtype and np.array_equal(first, second)
-    if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first) is type(second) and all(map(same, first, second))
-    return first == second
+    """Whether two Annotations hold equal arrays, of the same types, and values."""
+    return all(
+        x.dtype == y.dtype and np.array_equal(x, y) if isinstance(x, np.ndarray) else type(x) is type(y) and x == y
+        for x, y in zip(first, second, strict=True)
+    )
 
 
 @pytest.fixture
-def always_packed(monkeypatch, tmp_path):
-    """Every json is large enough to be packed; the user's cache is a folder of its own."""
-    monkeypatch.setattr(data, "PACKED_FROM", 0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def always_kept(monkeypatch):
+    """Every json is large enough for its arrays to be kept."""
+    monkeypatch.setattr(data, "KEPT_FROM", 0)
 
 
 def link(root, folder):
@@ -96,30 +97,67 @@ def link(root, folder):
     return folder
 
 
+def parse(root, masks):
+    """The split's Annotations straight from its json."""
+    return data.pack(*data.split_paths(root, TRAIN), masks)
+
+
+def kept_files(root):
+    """What lies beside the json that is not one, drafts included."""
+    return sorted(p.name for p in (root / "annotations").iterdir() if p.suffix != ".json")
+
+
 @pytest.mark.parametrize("masks", [False, True])
-def test_the_packed_form_equals_the_json(masks, shapes, tmp_path, always_packed, monkeypatch, capsys):
-    """Oracle: the parsed json. A later start maps the same arrays into memory, without parsing; boxes alone and with
-    masks are kept apart; each is told of once."""
-    root = link(shapes, tmp_path / "set")
-    parsed = data.parse_annotations(*data.split_paths(root, TRAIN), masks)
+def test_the_kept_arrays_equal_the_parsed_ones(masks, shapes, tmp_path, always_kept, monkeypatch, capsys):
+    """Oracle: the parsed json. A later start maps equal arrays into memory, without parsing; boxes alone and with
+    masks are kept apart; the file that is written is told of, once."""
+    root, kind = link(shapes, tmp_path / "set"), "masks" if masks else "boxes"
+    parsed = parse(root, masks)
     first = load_annotations(root, masks=masks)
-    said = capsys.readouterr().out
-    assert "packed into" in said and "GiB of memory at most" in said
-    monkeypatch.setattr(data, "parse_annotations", None)
+    assert kept_files(root) == [f"instances_{TRAIN}.{kind}.pt"] and kept_files(root)[0] in capsys.readouterr().out
+    monkeypatch.setattr(data, "pack", None)
     later = load_annotations(root, masks=masks)
     assert same(first, parsed) and same(later, parsed) and capsys.readouterr().out == ""
     if os.path.exists("/proc/self/maps"):
-        (mapped,) = {line.split()[-1] for line in open("/proc/self/maps") if line.rstrip().endswith(".packed")}
-        assert mapped == str(data.cache_files(data.split_paths(root, TRAIN)[0], masks)[0])
-    with pytest.raises(TypeError):
+        lines = open("/proc/self/maps").read().splitlines()
+        assert {line.split()[-1] for line in lines if line.endswith(".pt")} == {
+            str(root / "annotations" / f"instances_{TRAIN}.{kind}.pt")
+        }
+    with pytest.raises(TypeError):  # the other kind has to be parsed, which `pack` can't any more
         load_annotations(root, masks=not masks)
     assert same(later.select([3, 5]), parsed.select([3, 5]))
-    assert all(torch.equal(torch.as_tensor(TrainSet(later, 128, (1, 1))[4][k]), torch.as_tensor(v)) for k, v in
-               TrainSet(parsed, 128, (1, 1))[4].items())  # fmt: skip
+    for n in range(8):
+        sample, again = (TrainSet(a, 128, (0.5, 2))[n] for a in (later, parsed))
+        assert all(torch.equal(torch.as_tensor(sample[k]), torch.as_tensor(v)) for k, v in again.items())
 
 
-def test_a_changed_json_is_read_again(shapes, tmp_path, always_packed):
-    """Oracle: by hand. An edited json, one of the same length too, is parsed anew, and the old packed form goes."""
+def test_boxes_and_masks_are_kept_apart(shapes, tmp_path, always_kept):
+    """Oracle: the parsed json. Whichever comes first, each start has what it asked for, and both files lie there."""
+    root = link(shapes, tmp_path / "set")
+    for masks in (True, False, True, False):
+        assert same(load_annotations(root, masks=masks), parse(root, masks))
+    assert kept_files(root) == [f"instances_{TRAIN}.boxes.pt", f"instances_{TRAIN}.masks.pt"]
+
+
+def test_a_small_json_is_parsed_each_time(shapes, tmp_path, capsys):
+    """Oracle: the folder. Below the limit nothing is written beside the json, and nothing is said."""
+    root = link(shapes, tmp_path / "set")
+    assert same(load_annotations(root), parse(root, False))
+    assert kept_files(root) == [] and capsys.readouterr().out == ""
+
+
+def test_what_is_dropped_is_told_at_every_start(tmp_path, always_kept):
+    """Oracle: the first start. The kept arrays say what was broken in the json, and the folder is today's."""
+    root = write_coco(tmp_path / "set", [[[1, 2, 30, 20]] * 5 + [[1, 2, 30, -1]]])
+    first = load_annotations(root)
+    assert "1 whose bbox has a side" in first.summary()
+    root.rename(tmp_path / "moved")
+    later = load_annotations(tmp_path / "moved")
+    assert later.summary() == first.summary() and later.path(0) == str(tmp_path / "moved" / TRAIN / "0.png")
+
+
+def test_a_changed_json_is_read_again(shapes, tmp_path, always_kept):
+    """Oracle: by hand. An edited json, one of the same length too, is parsed anew, and the old arrays go."""
     root = link(shapes, tmp_path / "set")
     path = data.split_paths(root, TRAIN)[0]
     first = load_annotations(root)
@@ -128,46 +166,61 @@ def test_a_changed_json_is_read_again(shapes, tmp_path, always_packed):
     path.write_text(text.replace('"disc"', '"dusk"'))
     os.utime(path, ns=(1, first.boxes.size))
     assert load_annotations(root).categories[0] == (1, "dusk")
-    assert len(list(path.parent.glob("*.packed"))) == 1 and not list(path.parent.glob("*.tmp"))
+    assert kept_files(root) == [f"instances_{TRAIN}.boxes.pt"]
+    assert load_annotations(root).categories[0] == (1, "dusk")
 
 
-def test_where_the_packed_form_goes(shapes, tmp_path, always_packed, monkeypatch, capsys):
-    """Oracle: by hand. Beside the json; else in the user's cache; else nowhere, and all is as without."""
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_folder_that_takes_no_file(error, shapes, tmp_path, always_kept, monkeypatch):
+    """Oracle: the parsed json. Where the arrays can't be kept, be it half-way through, every start parses the json, all
+    else is the same, and no draft stays behind."""
+    root, calls, pack = link(shapes, tmp_path / "set"), [], data.pack
+
+    def refuse(fields, path):
+        path.write_bytes(b"half of it")
+        raise error
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return pack(*arguments)
+
+    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(data, "pack", counted)
+    for starts in (1, 2):
+        assert same(load_annotations(root, masks=True), pack(*data.split_paths(root, TRAIN), True))
+        assert len(calls) == starts and kept_files(root) == []
+
+
+def test_a_damaged_file_is_read_again(shapes, tmp_path, always_kept):
+    """Oracle: the parsed json. A file of kept arrays that is cut short, empty, other content, of another form, a
+    folder or gone is not used."""
     root = link(shapes, tmp_path / "set")
-    folders = data.cache_files(data.split_paths(root, TRAIN)[0], False)
-    assert folders[0].parent == root / "annotations" and folders[1].parent.parent == tmp_path / "cache" / "spinenet"
-    others = link(shapes, tmp_path / "other")  # whose json has the same name
-    assert not set(folders) & set(data.cache_files(data.split_paths(others, TRAIN)[0], False))
-    (tmp_path / "file").touch()
-    nowhere = tmp_path / "file" / "x.packed"  # a folder in a file can't be
-    monkeypatch.setattr(data, "cache_files", lambda path, masks: [nowhere, folders[1]])
-    load_annotations(root)
-    assert folders[1].is_file() and not folders[0].exists()
-    monkeypatch.setattr(data, "cache_files", lambda path, masks: [nowhere])
-    assert (
-        len(load_annotations(root).ids) == 60 and "no folder for its packed form is writable" in capsys.readouterr().out
-    )
+    parsed = parse(root, True)
+    kept = root / "annotations" / f"instances_{TRAIN}.masks.pt"
 
+    def other_form(**fields):
+        torch.save(torch.load(kept, weights_only=True) | fields, kept)
 
-def test_a_damaged_packed_form_is_read_again(shapes, tmp_path, always_packed):
-    """Oracle: the parsed json. A packed form that is cut short, empty, other content or gone is not used."""
-    root = link(shapes, tmp_path / "set")
-    parsed = data.parse_annotations(*data.split_paths(root, TRAIN), True)
-    cache = data.cache_files(data.split_paths(root, TRAIN)[0], True)[0]
     for damage in (
-        lambda: cache.write_bytes(cache.read_bytes()[:-500]),
-        lambda: cache.write_bytes(b""),
-        lambda: torch.save({"boxes": torch.zeros(3)}, cache),
-        lambda: torch.save([1, 2], cache),
-        cache.unlink,
+        lambda: kept.write_bytes(kept.read_bytes()[:-500]),
+        lambda: kept.write_bytes(kept.read_bytes()[:-500000]),
+        lambda: kept.write_bytes(b""),
+        lambda: torch.save({"boxes": torch.zeros(3)}, kept),
+        lambda: torch.save([1, 2], kept),
+        lambda: other_form(another=1),
+        lambda: other_form(
+            stamp=[data.KEPT_VERSION - 1, *torch.load(kept, weights_only=True)["stamp"][1:]], broken="x"
+        ),
+        kept.unlink,
+        lambda: (kept.unlink(), kept.mkdir()),
     ):
-        assert same(load_annotations(root, masks=True), parsed)
+        assert same(load_annotations(root, masks=True), parsed) and kept.is_file()
         damage()
     assert same(load_annotations(root, masks=True), parsed)
 
 
-def test_a_missing_image_is_named_at_a_later_start(shapes, tmp_path, always_packed):
-    """Oracle: by hand. Files are looked for at every start, also where the annotations are packed."""
+def test_a_missing_image_is_named_at_a_later_start(shapes, tmp_path, always_kept):
+    """Oracle: by hand. Files are looked for at every start, also where the annotations are kept."""
     root = link(shapes, tmp_path / "set")
     a = load_annotations(root)
     (root / TRAIN).unlink()
@@ -511,7 +564,7 @@ def test_a_bad_image_is_named(content, tmp_path, capsys):
     with pytest.raises(UserError, match=r"cannot decode .*1\.png \(image id 1\)"):
         dataset[bad]
     with pytest.raises(SystemExit):
-        data.main(["--data", str(tmp_path), "--check"])
+        look.main(["--data", str(tmp_path), "--check"])
     assert "1.png (image id 1)" in (out := capsys.readouterr().out) and "1 of 3 images are bad" in out
     with pytest.raises(UserError) as error:
         list(make_loader(dataset, [[bad]], 1))
@@ -586,9 +639,24 @@ def test_shapes_is_deterministic(shapes, tmp_path, monkeypatch):
     assert marker.exists()
 
 
+def test_shapes_by_name(tmp_path, monkeypatch, capsys):
+    """Oracle: a set written by hand. The name `shapes` is data/shapes here, written on first use; any other is a
+    folder, and nothing is written."""
+    monkeypatch.setitem(SHAPES, "images", {TRAIN: 3, VAL: 2})
+    write_shapes(tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    assert str(resolve_root("elsewhere")) == "elsewhere" and not os.path.exists("elsewhere")
+    for said in ("writing the generated shapes to data/shapes\n", ""):
+        capsys.readouterr()
+        root = resolve_root("shapes")
+        assert str(root) == "data/shapes" and capsys.readouterr().out == said
+        first, second = (load_annotations(where, VAL, masks=True) for where in (root, "own"))
+        assert same(first._replace(folder=""), second._replace(folder="")) and len(first.ids) == 2
+
+
 def test_command_line(shapes, tmp_path, capsys):
     """Oracle: by hand. --show writes pictures, --check finds a bad file and exits with 2."""
-    data.main(["--data", str(shapes), "--show", "3", "--size", "256", "--out", str(tmp_path / "show")])
+    look.main(["--data", str(shapes), "--show", "3", "--size", "256", "--out", str(tmp_path / "show")])
     assert sorted(p.name for p in (tmp_path / "show").iterdir()) == ["000.png", "001.png", "002.png"]
     picture = np.asarray(Image.open(tmp_path / "show" / "000.png"))
     assert picture.shape == (256, 256, 3) and picture.std() > 10
@@ -596,6 +664,6 @@ def test_command_line(shapes, tmp_path, capsys):
     victim = next((tmp_path / "bad" / TRAIN).iterdir())
     victim.write_bytes(victim.read_bytes()[:100])
     with pytest.raises(SystemExit) as stop:
-        data.main(["--data", str(tmp_path / "bad"), "--check"])
+        look.main(["--data", str(tmp_path / "bad"), "--check"])
     assert stop.value.code == 2
     assert victim.name in (out := capsys.readouterr().out) and "1 of 60 images are bad" in out

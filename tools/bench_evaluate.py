@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate  # noqa: E402
 import heads  # noqa: E402
-from data import load_annotations, resolve_root  # noqa: E402
+from data import load_annotations  # noqa: E402
 from model import load_checkpoint, load_model  # noqa: E402
 
 MASKS = 100
@@ -64,7 +64,7 @@ def split(weights, root, limit):
     """The evaluation of a checkpoint, with the time that NMS takes of the model's."""
     checkpoint, place = load_checkpoint(weights), evaluate.start()
     model = load_model(checkpoint, place)
-    annotations = load_annotations(resolve_root(root), "val2017", model.masks).select(slice(limit))
+    annotations = load_annotations(evaluate.resolve_root(root), "val2017", model.masks).select(slice(limit))
     seconds = 0.0
 
     def timed(function):

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import TRAIN, TrainSet, load_annotations, read_checked, resolve_root  # noqa: E402
-from evaluate import draw_objects, make_folder, one_sentence  # noqa: E402
+from data import TRAIN, TrainSet, load_annotations, read_checked  # noqa: E402
+from evaluate import draw_objects, make_folder, one_sentence, resolve_root  # noqa: E402
 from model import UserError  # noqa: E402
 
 
