@@ -300,7 +300,7 @@ class Place(NamedTuple):
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
 
     def move(self, value):
-        """A module or a batch of images to the device, channels last, except in float32 on CUDA, where that is slower."""
+        """A module or a batch of images to the device, channels last except in float32 on CUDA, where it is slower."""
         layout = torch.contiguous_format if self.device.type == "cuda" and not self.amp else torch.channels_last
         return value.to(self.device, memory_format=layout, non_blocking=True)
 

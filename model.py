@@ -369,8 +369,8 @@ CHECKPOINT = {"model", "optimizer", "scaler", "step", "evaluated", "best", "skip
 
 
 def load_checkpoint(path):
-    """A checkpoint of train.py as a dict; no code in it is run. Its recipe's "network" is the whole Arch as plain values,
-    so that a file says its own network. Raises UserError where it is no such file."""
+    """A checkpoint of train.py as a dict; no code in it is run. Raises UserError where it is none. Its recipe's
+    "network" is the whole Arch as plain values: a file says its own network."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -229,7 +229,7 @@ def open_log(path, state, place):
 
 
 def catch_signals():
-    """A list that is filled once SIGTERM or Ctrl-C has come, to be heeded after the step; Ctrl-C then ends it at once."""
+    """A list that is filled by SIGTERM or Ctrl-C, which end the run after the step; a Ctrl-C after either, at once."""
     asked = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _: (asked.append(n), signal.signal(signal.SIGINT, signal.default_int_handler)))
@@ -393,7 +393,7 @@ def main(argv=None, arch=None):
         raise UserError(f"{out} already holds a run: continue that one with --resume, or give another --out")
     checkpoint = load_checkpoint(resume or args.weights) if resume or args.weights else None
     place = start(args.device, args.amp)
-    say = lambda text: print(text, flush=True) if place.rank == 0 else None  # noqa: E731
+    say = print if place.rank == 0 else lambda *text, **options: None
     micro, batch_size = split_batch(recipe, args.micro_batch, place), recipe["batch_size"]
     recipe |= {"micro_batch": micro, "devices": place.world}
     with one_process_first(place):  # which writes the generated set, and the arrays of a large json
@@ -416,7 +416,7 @@ def main(argv=None, arch=None):
         note += ", " + resume_from(checkpoint, state, parts, total, resume)
     elif args.weights:
         note += "; " + load_weights(parts["model"], checkpoint, categories, args.weights)
-    say(note)
+    say(note, flush=True)
     began, checkpoint = time.perf_counter(), None  # whose memory is needed no more
     finished = fit(parts, state, samples, val, place, make_folder(out), args.workers)
     how = f"best AP {state['best']:.3f}" if finished else "stopped as asked; go on with --resume"

@@ -128,15 +128,15 @@ def resized(width, height):
 
 FOUR, SIDE, OUTSIDE = (
     "whose bbox is not four numbers",
-    "whose bbox has a side that is not positive",
+    "whose bbox is without positive sides",
     "whose bbox is outside of its image by more than half",
 )
-UNSOUND = "without a sound segmentation"
+UNSOUND = "whose segmentation is neither polygons nor run lengths of its image"
 
 
 def dropped(rule, value, **fields):
     """Object 50 is broken by that rule, and dropped; the words give its value."""
-    says = rf"100 objects.*, dropped as broken: 1 {rule}, such as annotation id 50: {re.escape(value)}\n"
+    says = rf"100 objects.*, dropped as broken: 1 {rule}, as annotation id 50: {re.escape(value)}\n"
     return Case(says, 0, first("annotations", 50, **fields))
 
 
@@ -197,30 +197,30 @@ CASES = {
     "file name a number": Case("has no file '7', which .* names for image id 0", change=first("images", file_name=7)),
     "file name of nothing": Case("has no file .* names for image id 0", change=first("images", file_name=None)),
     "file name a folder": Case("has no file '', which .* names for image id 0", change=first("images", file_name="")),
-    "xyxy taken for xywh": Case(rf"of 101 objects 101 are broken: 101 {OUTSIDE}, such as annotation id 0: "
+    "xyxy taken for xywh": Case(rf"of 101 objects 101 are broken: 101 {OUTSIDE}, as annotation id 0: "
                                 r"\[30, 20, 60, 45\]; .*\[x, y, width, height\].*corners",
                                 change=every("annotations", bbox=[30, 20, 60, 45])),
-    "no bbox at all": Case(rf"of 101 objects 101 are broken: 101 {FOUR}, such as annotation id 0: \[\];",
+    "no bbox at all": Case(rf"of 101 objects 101 are broken: 101 {FOUR}, as annotation id 0: \[\];",
                            change=every("annotations", bbox=[])),
     "boxes of two lines": Case(rf"of 101 objects 101 are broken: 101 {FOUR}", change=every("annotations", bbox="a\nb")),
-    "RLE of another size": Case(rf"of 101 objects 101 are broken: 101 {UNSOUND}.*run lengths of its image",
+    "RLE of another size": Case(rf"of 101 objects 101 are broken: 101 {UNSOUND}, as annotation id 0: ",
                                 change=every("annotations", segmentation={"size": [4, 4], "counts": [16]}),
                                 flags=("--masks",)),
-    "masks wanted and absent": Case(rf"of 101 objects 101 are broken: 101 {UNSOUND}, such as annotation id 0: None;.*"
-                                    r"\(else: --head retinanet\)", flags=("--masks",)),
-    "10 broken of 101": Case(rf" 91 objects.*, dropped as broken: 10 {SIDE}, such as annotation id 30:", 0,
+    "masks wanted and absent": Case(rf"of 101 objects 101 are broken: 101 {UNSOUND}, as annotation id 0: None;.*"
+                                    r" or use --head retinanet", flags=("--masks",)),
+    "10 broken of 101": Case(rf" 91 objects.*, dropped as broken: 10 {SIDE}, as annotation id 30:", 0,
                              first("annotations", 30, 10, bbox=[1, 2, -3, 4])),
-    "11 broken of 101": Case(rf"of 101 objects 11 are broken: 11 {SIDE}, such as annotation id 30:",
+    "11 broken of 101": Case(rf"of 101 objects 11 are broken: 11 {SIDE}, as annotation id 30:",
                              change=first("annotations", 30, 11, bbox=[1, 2, -3, 4])),
-    "12 broken of 101": Case(rf"of 101 objects 12 are broken: 12 {SIDE}, such as annotation id 30:",
+    "12 broken of 101": Case(rf"of 101 objects 12 are broken: 12 {SIDE}, as annotation id 30:",
                              change=first("annotations", 30, 12, bbox=[1, 2, -3, 4])),
-    "11 broken of 1100": Case(rf" 1089 objects.*, dropped as broken: 11 {SIDE}, such as annotation id 30:", 0,
+    "11 broken of 1100": Case(rf" 1089 objects.*, dropped as broken: 11 {SIDE}, as annotation id 30:", 0,
                               both(more, first("annotations", 30, 11, bbox=[1, 2, -3, 4]))),
-    "12 broken of 1100": Case(rf"of 1100 objects 12 are broken: 12 {SIDE}, such as annotation id 30:",
+    "12 broken of 1100": Case(rf"of 1100 objects 12 are broken: 12 {SIDE}, as annotation id 30:",
                               change=both(more, first("annotations", 30, 12, bbox=[1, 2, -3, 4]))),
     "each way to be broken": Case(
-        rf" 97 objects.*, dropped as broken: 1 {FOUR}, such as annotation id 50: \[1\], 1 {SIDE}, such as annotation "
-        rf"id 51: \[1, 2, 0, 4\], 1 {OUTSIDE}, such as annotation id 52: \[70, 2, 3, 4\], 1 {UNSOUND}, such as "
+        rf" 97 objects.*, dropped as broken: 1 {FOUR}, as annotation id 50: \[1\], 1 {SIDE}, as annotation "
+        rf"id 51: \[1, 2, 0, 4\], 1 {OUTSIDE}, as annotation id 52: \[70, 2, 3, 4\], 1 {UNSOUND}, such as "
         r"annotation id 53: \[\]\n", 0, both(
             every("annotations", segmentation=RUNS), first("annotations", 50, bbox=[1], segmentation=[]),
             first("annotations", 51, bbox=[1, 2, 0, 4], segmentation=7), first("annotations", 52, bbox=[70, 2, 3, 4]),
@@ -232,7 +232,7 @@ CASES = {
     "box of nothing": dropped(FOUR, "None", bbox=None),
     "box a number": dropped(FOUR, "7", bbox=7),
     "box huge": dropped(FOUR, "[0, 0, 1e+300, 1e+300]", bbox=[0, 0, 1e300, 1e300]),
-    "box of long text": Case(rf"dropped as broken: 1 {FOUR}, such as annotation id 50: '?x{{59,60}}\n", 0,
+    "box of long text": Case(rf"dropped as broken: 1 {FOUR}, as annotation id 50: '?x{{59,60}}\n", 0,
                              first("annotations", 50, bbox="x" * 1000)),
     "box with a negative side": dropped(SIDE, "[1, 2, -3, 4]", bbox=[1, 2, -3, 4]),
     "box without a side": dropped(SIDE, "[1, 2, 0, 4]", bbox=[1, 2, 0, 4]),
@@ -360,7 +360,7 @@ def test_an_error_of_the_code_is_not_hidden(capsys):
     assert "2 GiB. Free the device, or use a smaller --micro-batch" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop, evaluate.one_sentence():
         raise OSError(28, "No space left on device", "out/results.json")
-    said = "error: out/results.json can't be read or written: No space left on device\n"
+    said = "error: out/results.json failed: No space left on device\n"
     assert stop.value.code == 2 and capsys.readouterr().err == said
     with pytest.raises(RuntimeError, match="size mismatch"), evaluate.one_sentence():
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ... size mismatch")

@@ -27,8 +27,8 @@ from data import (
     make_loader,
     micro_batches,
     read_image,
-    resolve_root,
 )
+from evaluate import resolve_root
 from model import PIXEL_MEAN, Normalize
 
 
@@ -150,7 +150,7 @@ def test_what_is_dropped_is_told_at_every_start(tmp_path, always_kept):
     """Oracle: the first start. The kept arrays say what was broken in the json, and the folder is today's."""
     root = write_coco(tmp_path / "set", [[[1, 2, 30, 20]] * 5 + [[1, 2, 30, -1]]])
     first = load_annotations(root)
-    assert "1 whose bbox has a side" in first.summary()
+    assert "1 whose bbox is without positive sides" in first.summary()
     root.rename(tmp_path / "moved")
     later = load_annotations(tmp_path / "moved")
     assert later.summary() == first.summary() and later.path(0) == str(tmp_path / "moved" / TRAIN / "0.png")

@@ -146,7 +146,7 @@ def use(root, masks):
             cells = [crop_mask(annotations.mask(i, m), box) for m, box in zip(annotations.rows(i), boxes)]
             found["masks"] = np.reshape(cells, (-1, data.MASK_SIDE, data.MASK_SIDE))
         found = {name: torch.from_numpy(value) for name, value in found.items()}
-        results += coco_rows(found, image_id, width, height, 128, annotations.categories)
+        results += coco_rows(found, image_id, height, width, 128, annotations.categories)
     metrics = coco_metrics(annotations, results)
     assert 0 <= metrics["AP"] <= 1
     return True

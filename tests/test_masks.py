@@ -221,7 +221,9 @@ def test_one_bad_polygon_of_two(tmp_path):
 
     root = write_coco(tmp_path, [[[0, 0, 40, 40], [0, 0, 40, 40]]], size=(64, 64), change=change)
     a = load_annotations(root, masks=True)
-    assert len(a.boxes) == 1 and a.broken.startswith("1 without a sound segmentation, such as annotation id 1: ")
+    assert len(a.boxes) == 1 and a.broken.startswith(
+        "1 whose segmentation is neither polygons nor run lengths of its image, as annotation id 1: "
+    )
     sample = TrainSet(a, 128, (1, 1), flip=False)[0]
     expected = torch.zeros(112, 112, dtype=torch.uint8)
     expected[:56, :56] = 1
@@ -399,7 +401,7 @@ def test_no_masks_found(shapes, capsys):
     """Oracle: by hand. Nothing found is mask AP 0.0, not a crash."""
     a = load_annotations(shapes, VAL, masks=True)
     found = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
-    rows = coco_rows(found | {"masks": torch.zeros(0, 28, 28)}, 7, 90, 60, SIZE, [])
+    rows = coco_rows(found | {"masks": torch.zeros(0, 28, 28)}, 7, 60, 90, SIZE, [])
     assert rows == []
     metrics = coco_metrics(a, rows)
     assert metrics["mask_AP"] == metrics["mask_AR100"] == 0.0 and "warning" in capsys.readouterr().out
@@ -428,7 +430,7 @@ def large_image():
     code = encode_mask([[0, 0, 9, 0, 9, 9, 0, 9]], 3000, 4000)
     a = Annotations("", [(1, "a")], **fields, codes=np.frombuffer(code, np.uint8), starts=np.array([0, len(code)]))
     before = peak()
-    coco_metrics(a, coco_rows(found, 7, 4000, 3000, 1280, a.categories))
+    coco_metrics(a, coco_rows(found, 7, 3000, 4000, 1280, a.categories))
     return peak() - before
 
 
@@ -451,7 +453,9 @@ def test_a_data_set_without_masks_is_refused(coco_sample, tmp_path):
     (tmp_path / "annotations" / f"instances_{TRAIN}.json").write_text(json.dumps(content))
     (tmp_path / TRAIN).symlink_to(coco_sample / TRAIN)
     assert len(load_annotations(tmp_path).boxes) == len(content["annotations"])
-    with pytest.raises(UserError, match=r"without a sound segmentation.* \(else: --head retinanet\)"):
+    with pytest.raises(
+        UserError, match="whose segmentation is neither polygons nor run lengths.* or use --head retinanet"
+    ):
         load_annotations(tmp_path, masks=True)
 
 
@@ -497,8 +501,8 @@ def test_unsound_masks_are_dropped_where_masks_are_needed(case, coco_sample, tmp
     (tmp_path / TRAIN).symlink_to(coco_sample / TRAIN)
     bare = load_annotations(tmp_path)
     assert bare.broken == "" and len(bare.boxes) == len(content["annotations"])
-    a = load_annotations(tmp_path, masks=True)
-    assert a.broken == f"1 without a sound segmentation, such as annotation id {bad['id']}: {bad['segmentation']}"
+    a, rule = load_annotations(tmp_path, masks=True), "neither polygons nor run lengths of its image"
+    assert a.broken == f"1 whose segmentation is {rule}, as annotation id {bad['id']}: {bad['segmentation']}"
     assert len(a.starts) - 1 == len(a.boxes) == len(content["annotations"]) - 1
 
 

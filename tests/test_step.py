@@ -1,6 +1,6 @@
-"""What a training step keeps in memory, and whether precision and recomputation change what it computes."""
+"""What a training step keeps in memory, and whether precision changes what it computes."""
 
-import copy
+import functools
 
 import bench_step
 import pytest
@@ -9,6 +9,7 @@ from torch import nn
 
 import heads
 import train
+from evaluate import Place
 from model import ARCHS, HEADS, build_model
 
 
@@ -34,33 +35,6 @@ def fixed_statistics(detector):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("recompute", [2, 7])
-def test_recomputation_changes_nothing(recompute, head):
-    """Oracle: the step that keeps everything. Losses, gradients and batch norm's averages are equal to the last bit,
-    with stochastic depth and DropBlock, and less is kept."""
-    few = {"rois": 32, "mask_rois": 8} if HEADS[head].masks else {}
-    detector = build_model("tiny", head, 3, activation="swish", drop_path=0.3, drop_rate=0.1, **few).train()
-    results = []
-    for level in (0, recompute):
-        copied = copy.deepcopy(detector)
-        copied.backbone.recompute = level
-        kept = {}
-        torch.manual_seed(4)
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, kept=kept: kept.__setitem__(t.untyped_storage().data_ptr(), t) or t, lambda t: t
-        ):
-            losses = copied(*batch_of(2))
-        size = sum(t.untyped_storage().nbytes() for t in kept.values())
-        kept.clear()
-        sum(losses.values()).backward()
-        state = {name: p.grad for name, p in copied.named_parameters()} | dict(copied.named_buffers())
-        results.append((size, losses | state))
-    (all_kept, expected), (less, found) = results
-    assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)
-    assert less < 0.9 * all_kept
-
-
-@pytest.mark.parametrize("head", HEADS)
 def test_the_account_equals_a_real_step(head):
     """Oracle: a real forward in bfloat16. Fake tensors account for the same bytes as are kept in it."""
     detector = build_model("tiny", head, bench_step.CLASSES).train()
@@ -79,57 +53,108 @@ def test_the_account_equals_a_real_step(head):
     assert set(losses) and bench_step.heads.make_anchors((128, 128), 3).device.type == "cpu"
 
 
-@pytest.mark.parametrize("head, arch", [("retinanet", "tiny"), ("mask_rcnn", "tiny"), ("retinanet", "49")])
-def test_the_memory_table_is_the_account(head, arch):
-    """Oracle: tests/bench_step.py's account. What the default micro-batch is computed from is what it says."""
-    size, fixed, each = train.MEMORY[head, arch]
-    for recompute, expected in zip(train.RECOMPUTE, each):
-        per_image, whatever = bench_step.account(head, arch, size, "relu", recompute)
-        assert per_image / 1e9 == pytest.approx(expected, abs=0.0006)
-        assert whatever / 1e9 == pytest.approx(fixed, abs=0.006)
+account = functools.cache(bench_step.account)
+slow = pytest.mark.slow
+QUICK = (("retinanet", "tiny"), ("mask_rcnn", "tiny"), ("retinanet", "49"))
 
 
-@pytest.mark.parametrize("arch", ["tiny", "190"])
-def test_swish_needs_no_more_than_planned(arch):
-    """Oracle: tests/bench_step.py's account with swish, of the arch that it costs least and the one it costs most."""
-    size, _, each = train.MEMORY["mask_rcnn", arch]
-    per_image, _ = bench_step.account("mask_rcnn", arch, size, "swish", 0)
-    assert 0.8 < per_image / 1e9 / (train.SWISH * each[0]) <= 1
+def fitting(head, arch, size=640, capacity=16, activation="relu", more=0):
+    """How many images fit 14/16 of so many GB by account, if each needs `more` bytes beside."""
+    each, fixed = account(head, arch, size, activation)
+    return (14 / 16 * capacity * 1e9 - fixed) / (each + more)
 
 
-def test_the_memory_table_is_whole():
-    """Oracle: the archs and the heads."""
-    assert set(train.MEMORY) == {(h, a) for h in HEADS for a in ARCHS}
+def test_the_table_of_what_fits_is_whole():
+    """Oracle: the archs and the heads: a row for each arch, with a number of images for each head."""
+    assert list(train.FITS) != [] and set(train.FITS) == set(ARCHS)
+    assert all(len(row) == len(HEADS) for row in train.FITS.values())
 
 
 @pytest.mark.parametrize(
-    "head, arch, size, images, capacity, recompute",
-    [
-        ("retinanet", "49S", 640, 32, 16, 0),
-        ("retinanet", "49", 640, 16, 16, 0),
-        ("retinanet", "49", 896, 8, 16, 0),
-        ("retinanet", "96", 1024, 8, 16, 2),
-        ("retinanet", "143", 1280, 2, 16, 0),
-        ("retinanet", "190", 1280, 1, 32, 0),
-        ("retinanet", "49S", 640, 64, 32, 0),
-        ("retinanet", "49", 640, 32, 32, 0),
-        ("retinanet", "49", 896, 16, 32, 0),
-        ("retinanet", "96", 1024, 16, 32, 2),
-        ("retinanet", "143", 1280, 4, 32, 0),
-        ("mask_rcnn", "49S", 640, 8, 16, 0),
-        ("mask_rcnn", "49", 640, 8, 16, 0),
-        ("mask_rcnn", "96", 1024, 3, 16, 0),
-        ("mask_rcnn", "49S", 640, 16, 32, 0),
-        ("mask_rcnn", "49", 640, 16, 32, 0),
-        ("mask_rcnn", "96", 1024, 6, 32, 0),
-    ],
+    "head, arch", [pytest.param(h, a, marks=[] if (h, a) in QUICK else slow) for a in ARCHS for h in HEADS]
 )
-def test_the_usual_batches_fit(head, arch, size, images, capacity, recompute):
+def test_what_fits_is_the_account(head, arch):
+    """Oracle: tools/bench_step.py's account. As many images as the table says fit 14 of 16 GB, and two more do not."""
+    planned = train.FITS[arch][HEADS[head].masks]
+    assert planned <= fitting(head, arch) < planned + 1.1  # tiny's Mask R-CNN: 48.005, where the table says 47
+
+
+@pytest.mark.parametrize(
+    "head, arch",
+    [("retinanet", "tiny"), ("mask_rcnn", "tiny"), *[pytest.param(h, "190", marks=slow) for h in HEADS]],
+)
+def test_swish_needs_no_more_than_planned(head, arch):
+    """Oracle: tools/bench_step.py's account with swish, of the arch that it costs least and the one it costs most."""
+    assert 0.8 < account(head, arch, 640, "swish")[0] / (train.SWISH * account(head, arch, 640)[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    "head, arch", [pytest.param(h, a, marks=[] if (h, a) in QUICK[:2] else slow) for a in ARCHS for h in HEADS]
+)
+def test_what_is_planned_with_swish_or_dropblock_fits(head, arch):
+    """Oracle: tools/bench_step.py's account of a step with swish, and of one with DropBlock: the images that the table
+    leaves of 16 GB after SWISH fit 14 of them."""
+    planned = train.FITS[arch][HEADS[head].masks] / train.SWISH
+    assert planned <= fitting(head, arch, activation="swish")
+    kept = []
+    for rate in (0.0, 0.1):
+        detector = build_model(arch, head, bench_step.CLASSES, drop_rate=rate).train()
+        one, two = (bench_step.saved_bytes(detector, images, 640, detector.masks, True) for images in (1, 2))
+        kept.append(two - one)
+    assert kept[1] > 1.05 * kept[0] and planned <= fitting(head, arch, more=kept[1] - kept[0])
+
+
+def default_of(head, arch, size, amp=torch.bfloat16):
+    """The micro-batch that a run under protocol B gets by default on 16 GB."""
+    flags = ["--arch", arch, "--size", str(size), "--head", head, "--batch-size", "4096"]
+    return train.split_batch(train.resolve(train.parse_args(flags)), None, Place(torch.device("cpu"), amp=amp))
+
+
+@pytest.mark.parametrize("size", [128, 256, 384, 1024, 1280])
+@pytest.mark.parametrize("head", HEADS)
+def test_other_sizes_and_precisions_fit(head, size):
+    """Oracle: tools/bench_step.py's account of a step at that size, under autocast and in float32, with the losses'
+    temporaries counted by hand. The default micro-batch of `tiny` fits 14 of 16 GB; RetinaNet's uses over a quarter."""
+    masks = HEADS[head].masks
+    detector = build_model("tiny", head, bench_step.CLASSES).train()
+    cells = sum((size // 2**level) ** 2 for level in range(3, 8))
+    logits = 3 * 4 * (128 * 81 * 28**2 if masks else 9 * cells * 80)  # bytes, for each image
+    for amp in (torch.bfloat16, None):
+        two, three = (bench_step.saved_bytes(detector, images, size, masks, amp is not None) for images in (2, 3))
+        needed = bench_step.PER_PARAMETER * sum(p.numel() for p in detector.parameters())
+        needed += default_of(head, "tiny", size, amp) * (three - two + logits)
+        assert (0 if masks else 0.25) < needed / 14e9 <= 1
+
+
+USUAL = [  # head, arch, size, images, GB
+    ("retinanet", "49S", 640, 32, 16),
+    ("retinanet", "49", 640, 16, 16),
+    ("retinanet", "49", 896, 8, 16),
+    ("retinanet", "143", 1280, 2, 16),
+    ("retinanet", "190", 1280, 1, 32),
+    ("retinanet", "49S", 640, 64, 32),
+    ("retinanet", "49", 640, 32, 32),
+    ("retinanet", "49", 896, 16, 32),
+    ("retinanet", "143", 1280, 4, 32),
+    ("mask_rcnn", "49S", 640, 8, 16),
+    ("mask_rcnn", "49", 640, 8, 16),
+    ("mask_rcnn", "96", 1024, 3, 16),
+    ("mask_rcnn", "49S", 640, 16, 32),
+    ("mask_rcnn", "49", 640, 16, 32),
+    ("mask_rcnn", "96", 1024, 6, 32),
+]
+
+
+@pytest.mark.parametrize(
+    "head, arch, size, images, capacity",
+    [pytest.param(*row, marks=[] if row[:2] in QUICK and row[2] == 640 else slow) for row in USUAL],
+)
+def test_the_usual_batches_fit(head, arch, size, images, capacity):
     """Oracle: the batches that filled 32 GB in float32 in an earlier re-implementation. Under autocast RetinaNet's fit
-    16 GB, and twice them 32; Mask R-CNN's fit 32 GB, and half of them 16: by account, 14 and 28 GB of it."""
-    own, fixed, each = train.MEMORY[head, arch]
-    needed = fixed + images * each[train.RECOMPUTE.index(recompute)] * (size / own) ** 2
-    assert needed <= train.PLANNED * capacity
+    16 GB, and twice them 32; Mask R-CNN's fit 32 GB, and half of them 16: by account, 14 and 28 GB of it. By default a
+    run on 16 GB takes them, too. (RetinaNet 96 at 1024 does not: 8 images need 16.1 GB, and the default is 4.)"""
+    assert images <= fitting(head, arch, size, capacity)
+    assert capacity > 16 or default_of(head, arch, size) >= images
 
 
 @pytest.mark.parametrize("head", HEADS)
