@@ -267,7 +267,7 @@ def encode_mask(segmentation, height, width):
         whole = all(isinstance(v, int) and v >= 0 for v in counts) and sum(counts) == height * width
         return coco_mask.frPyObjects(code, height, width)["counts"] if whole else None
     # A compressed code: after "P" to "o" a number goes on, with "0" to "O" it ends. One cut short decodes to anything.
-    if isinstance(counts, str) and re.fullmatch("([P-o]{0,5}[0-O])+", counts):
+    if isinstance(counts, str) and height * width < 2**29 and re.fullmatch("([P-o]{0,5}[0-O])+", counts):
         code = {"size": [height, width], "counts": counts.encode()}
         with contextlib.suppress(ValueError):  # pycocotools raises it where the runs are more than the image's pixels
             return code["counts"] if coco_mask.encode(coco_mask.decode(code)) == code else None

@@ -220,7 +220,7 @@ CASES = {
                               change=both(more, first("annotations", 30, 12, bbox=[1, 2, -3, 4]))),
     "each way to be broken": Case(
         rf" 97 objects.*, dropped as broken: 1 {FOUR}, as annotation id 50: \[1\], 1 {SIDE}, as annotation "
-        rf"id 51: \[1, 2, 0, 4\], 1 {OUTSIDE}, as annotation id 52: \[70, 2, 3, 4\], 1 {UNSOUND}, such as "
+        rf"id 51: \[1, 2, 0, 4\], 1 {OUTSIDE}, as annotation id 52: \[70, 2, 3, 4\], 1 {UNSOUND}, as "
         r"annotation id 53: \[\]\n", 0, both(
             every("annotations", segmentation=RUNS), first("annotations", 50, bbox=[1], segmentation=[]),
             first("annotations", 51, bbox=[1, 2, 0, 4], segmentation=7), first("annotations", 52, bbox=[70, 2, 3, 4]),

@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -17,8 +18,10 @@ import torch
 from test_train import equal, rows
 
 import data
+import evaluate
 import train
-from evaluate import load_checkpoint
+from evaluate import one_sentence
+from model import UserError, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SHORT = "--arch tiny --size 128 --protocol toy --device cpu --limit 8 --batch-size 4 --epochs 4 --workers 0".split()
@@ -33,8 +36,8 @@ def disk_fills_after_a_save():
     """From the second checkpoint on, no file may grow beyond 100 kB."""
     save = train.save
 
-    def saving(path, checkpoint):
-        save(path, checkpoint)
+    def saving(path, parts, state, place):
+        save(path, parts, state, place)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
     train.save = saving
@@ -60,7 +63,7 @@ def one_of_two(rank, port):
 
     def stepping(*inputs):
         means, norm = step(*inputs)
-        if rank == 1 and inputs[-1][1] == 2:
+        if rank == 1 and inputs[-1] == 2:
             means["box"] = means["box"] * torch.nan
         return means, norm
 
@@ -75,7 +78,7 @@ def train_in_child(flags, said, prepare):
     torch.set_num_threads(1)
     if prepare:
         prepare()
-    with data.one_sentence():
+    with one_sentence():
         train.main(flags)
 
 
@@ -139,7 +142,9 @@ def test_a_full_disk(child, shapes, tmp_path):
     to_its_end(child([*SHORT, "--data", shapes, "--out", out], said, disk_fills_after_a_save), code=2)
     assert load_checkpoint(out / "last.pt")["step"] == 2 and not (out / "last.tmp").exists()
     text = said.read_text()
-    assert f"error: could not write {out / 'last.pt'}" in text and "what it held before is intact" in text
+    assert (
+        f"error: could not write {out / 'last.pt'}" in text and "what it held is intact: make room and --resume" in text
+    )
     assert "Traceback" not in text
 
 
@@ -153,21 +158,67 @@ def test_a_dead_worker(child, shapes, tmp_path):
     assert load_checkpoint(out / "last.pt")["step"] in (2, 4, 6)
 
 
-def test_an_overflow_is_skipped_and_counted(shapes, tmp_path, capsys):
+def test_an_overflow_is_skipped_and_counted(shapes, tmp_path, monkeypatch):
     """Oracle: the weights before. With gradients that overflow as float16's, steps change no weight, are counted and
     logged, and halve the scale."""
-    flags = [*SHORT, "--epochs", "1", "--data", str(shapes), "--out", str(tmp_path / "out")]
-    run = train.prepare(train.parse_args([str(flag) for flag in flags]))
-    before = [p.detach().clone() for p in run.detector.parameters()]
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    for p in run.detector.parameters():
-        p.register_hook(lambda gradient: gradient.half().float())
-    assert train.fit(run)
-    assert run.state["skipped"] == 2 and run.scaler.get_scale() == 2.0**38
-    assert all(torch.equal(a, b) for a, b in zip(before, run.detector.parameters()))
+    made, make_parts = [], train.make_parts
+
+    def overflowing(recipe, categories, place):
+        parts = make_parts(recipe, categories, place) | {"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**40)}
+        made.extend((parts, [p.detach().clone() for p in parts["model"].parameters()]))
+        for p in parts["model"].parameters():
+            p.register_hook(lambda gradient: gradient.half().float())
+        return parts
+
+    monkeypatch.setattr(train, "make_parts", overflowing)
+    train.main([*SHORT, "--epochs", "1", "--data", str(shapes), "--out", str(tmp_path / "out")])
+    parts, before = made
+    assert parts["scaler"].get_scale() == 2.0**38
+    assert all(torch.equal(a, b) for a, b in zip(before, parts["model"].parameters()))
     logged = [row for row in rows(tmp_path / "out") if "step" in row]
     assert [row["skipped"] for row in logged] == [1, 2] and all(row["grad_norm"] is None for row in logged)
-    assert load_checkpoint(tmp_path / "out" / "last.pt")["skipped"] == 2
+    last = load_checkpoint(tmp_path / "out" / "last.pt")
+    assert last["skipped"] == 2 and last["scaler"]["scale"] == 2.0**38
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (UserError("a.json is empty"), "a.json is empty"),
+        (UserError("Traceback: ...\nmodel.UserError: cannot decode a.jpg\n"), "cannot decode a.jpg"),
+        (OSError(28, "No space left on device", "runs/log.jsonl"), "runs/log.jsonl .*No space left on device"),
+        (OSError(24, "Too many open files"), "Too many open files"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), "CUDA out of memory. Tried .*smaller --micro-batch"),
+        (RuntimeError("DataLoader worker (pid 7) is killed\nby"), "DataLoader worker .pid 7. is killed .*--workers"),
+    ],
+)
+def test_what_is_no_fault_of_the_code_is_one_sentence(error, sentence, capsys, monkeypatch):
+    """Oracle: by hand. One line, exit code 2. Processes but a machine's first wait for 5 seconds before they say it."""
+    slept = []
+    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    for local, waits in ((None, []), ("0", []), ("1", [(5, "")]), ("7", [(5, "")])):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local:
+            monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(SystemExit) as stop, one_sentence():
+            raise error
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and slept == waits and said.count("\n") == 1
+        assert re.fullmatch(f"error: .*{sentence}.*\n", said)
+        slept.clear()
+
+
+def test_a_fault_of_the_code_is_none(capsys, monkeypatch):
+    """Oracle: by hand. Any other error passes as it is, at once, and so does a block that ends well."""
+    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: pytest.fail("waited"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for error in (RuntimeError("size mismatch"), ValueError("no"), KeyError("k"), SystemExit(1), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as passed, one_sentence():
+            raise error
+        assert passed.value is error
+    with one_sentence():
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def free_port():
@@ -192,6 +243,38 @@ def test_a_loss_that_is_not_finite_on_one_rank(child, shapes, tmp_path):
     assert load_checkpoint(out / "last.pt")["step"] == 2 and [row["step"] for row in rows(out)] == [1, 2]
 
 
+def torchrun(*arguments):
+    """What two processes of train.py print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", free_port(), ROOT / "train.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode != 0
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "fault, sentence",
+    [("folder", "nowhere/train2017"), ("json", "is not a COCO"), ("flag", "--micro-batch 3 must divide")],
+)
+def test_an_error_of_all_ranks_is_said_once(fault, sentence, shapes, tmp_path):
+    """Oracle: by hand. What both of two processes find, in the data or in the arguments, is said by one of them, and
+    neither has a traceback (torchrun's own is not ours)."""
+    flags = [*SHORT, "--data", shapes, "--out", tmp_path / "out"]
+    if fault == "folder":
+        flags += ["--data", tmp_path / "nowhere"]
+    elif fault == "json":
+        (tmp_path / "set" / data.TRAIN).mkdir(parents=True)
+        (tmp_path / "set" / "annotations").mkdir()
+        data.split_paths(tmp_path / "set", data.TRAIN)[0].write_text("{}")
+        flags += ["--data", tmp_path / "set"]
+    else:
+        flags += ["--micro-batch", "3"]
+    said = torchrun(*flags)
+    assert said.count("error: ") == 1 and len(re.findall(f"error: .*{sentence}", said)) == 1, said
+    assert "rank0]: Traceback" not in said and "rank1]: Traceback" not in said, said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [data.TRAIN, data.VAL])
 def test_an_error_on_one_rank_ends_all(split, shapes, tmp_path):
@@ -209,21 +292,9 @@ def test_an_error_on_one_rank_ends_all(split, shapes, tmp_path):
     victim = Path(a.path(number))
     victim.unlink()
     victim.write_bytes(b"not an image")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    command += [ROOT / "train.py", *SHORT, "--eval-every", "2", "--data", root, "--out", tmp_path / "out"]
     began = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, env=environment)
-    assert time.monotonic() - began < 90 and done.returncode != 0  # a minute, and the start
-    said = done.stdout + done.stderr
+    said = torchrun(*SHORT, "--eval-every", "2", "--data", root, "--out", tmp_path / "out")
+    assert time.monotonic() - began < 90  # a minute, and the start
     assert f"error: cannot decode {victim} (image id {a.ids[number]})" in said
     if split == data.VAL:
         assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 4

@@ -10,7 +10,7 @@ from test_step import fixed_statistics
 import heads
 from evaluate import start
 from model import HEADS, build_model
-from train import make_optimizer, make_scaler, read_step, train_step
+from train import make_optimizer, read_step, train_step
 
 pytestmark = pytest.mark.gpu
 
@@ -79,12 +79,13 @@ def test_one_host_read_per_step():
     """Oracle: set_sync_debug_mode's warnings in a whole step: one for the losses, and GradScaler's own."""
     place, detector, images, targets = on_gpu("retinanet", "fp16")
     batch = {"image": images, "region": torch.full((2, 2), 256.0, device=images.device)} | targets
-    optimizer, scaler = make_optimizer(detector), make_scaler(place)
+    optimizer, scaler = make_optimizer(detector), torch.amp.GradScaler("cuda")
+    recipe = {"seed": 0, "clip": 10.0}
     for mode in ("default", "warn"):
         torch.cuda.set_sync_debug_mode(mode)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            read_step(*train_step(detector, iter([batch]), 1, optimizer, scaler, 0.01, 10.0, place), False, place)
+            read_step(*train_step(detector, [batch], recipe, optimizer, scaler, 0.01, place, 0), False, place)
         torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in caught if "synchronizing" in str(w.message)]
     own = [w for w in waits if "grad_scaler" not in w.filename]

@@ -27,10 +27,11 @@ def best_ap(out):
 
 
 def test_the_first_command_of_the_readme(tmp_path):
-    """Oracle: pycocotools, on 200 images that training has not seen: AP of at least 0.50, and the files it promises."""
+    """Oracle: pycocotools, on 200 images that training has not seen: AP of at least 0.45, and the files it promises.
+    Measured: 0.533 and 0.565, and 0.504 on another machine."""
     out = run(*TRAIN, "--arch", "tiny", "--size", "128", "--protocol", "toy", "--data", "shapes", cwd=tmp_path)
     folder = tmp_path / "runs" / "tiny_128_toy_retinanet"
-    assert best_ap(out) >= 0.50
+    assert best_ap(out) >= 0.45
     assert {"last.pt", "best.pt", "log.jsonl", "results.json", "grid.png"} <= {p.name for p in folder.iterdir()}
 
 
@@ -41,7 +42,8 @@ def last_metrics(folder):
 
 
 def test_mask_rcnn_on_shapes(tmp_path):
-    """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.35, mask AP of 0.30."""
+    """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.35, mask AP of 0.30.
+    Measured: 0.535 and 0.463."""
     flags = ["--arch", "tiny", "--size", "128", "--protocol", "toy", "--head", "mask_rcnn", "--data", "shapes"]
     run(*TRAIN, *flags, "--out", "run", cwd=tmp_path)
     metrics = last_metrics(tmp_path / "run")
@@ -50,7 +52,8 @@ def test_mask_rcnn_on_shapes(tmp_path):
 
 
 def test_overfitting_masks_of_real_images(coco_sample, tmp_path):
-    """Oracle: pycocotools, on the four real images that were trained on: box AP of at least 0.5, mask AP of 0.4."""
+    """Oracle: pycocotools, on the four real images that were trained on: box AP of at least 0.5, mask AP of 0.4.
+    Measured: 0.694 and 0.552."""
     flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--head", "mask_rcnn", "--overfit", "4"]
     run(*TRAIN, *flags, "--data", coco_sample, "--out", "run", cwd=tmp_path)
     metrics = last_metrics(tmp_path / "run")
@@ -58,9 +61,10 @@ def test_overfitting_masks_of_real_images(coco_sample, tmp_path):
 
 
 def test_overfitting_real_images(coco_sample, tmp_path):
-    """Oracle: pycocotools, on the eight real images that were trained on: AP of at least 0.90."""
+    """Oracle: pycocotools, on the eight real images that were trained on: AP of at least 0.85.
+    Measured: 0.928."""
     flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--data", coco_sample, "--overfit", "8"]
-    assert best_ap(run(*TRAIN, *flags, cwd=tmp_path)) >= 0.90
+    assert best_ap(run(*TRAIN, *flags, cwd=tmp_path)) >= 0.85
 
 
 @pytest.mark.parametrize("processes", [1, 2])

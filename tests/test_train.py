@@ -1,6 +1,5 @@
 """train.py: the learning rate, the recipe, exact resume, several processes, and what happens when things go wrong."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -12,22 +11,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
+import evaluate
 import heads
 import train
-from data import TrainSet, UserError, load_annotations, make_loader, micro_batches
-from evaluate import Place, check_capability, finish, load_checkpoint
-from model import ARCHS, HEADS, build_model
+from data import TrainSet, load_annotations, make_loader, micro_batches
+from evaluate import Place, finish, try_device
+from model import ARCHS, HEADS, Arch, UserError, build_model, load_checkpoint, load_weights
 from train import PROTOCOLS, lr_at, main, make_optimizer, parse_args, read_step, resolve, save, split_batch, train_step
 
 ROOT = Path(train.__file__).parent
@@ -66,8 +66,8 @@ def recipe_of(*flags):
 
 def test_protocols():
     """Oracle: the paper's protocols and the authors' yaml files."""
-    a, b, c = (PROTOCOLS[name] for name in "ABC")
-    assert [p.jitter for p in (a, b, c)] == [(0.8, 1.2), (0.5, 2.0), (0.5, 2.0)]
+    a, b, c = (SimpleNamespace(**PROTOCOLS[name]) for name in "ABC")
+    assert [p.jitter for p in (a, b, c)] == [[0.8, 1.2], [0.5, 2.0], [0.5, 2.0]]
     assert [p.epochs for p in (a, b, c)] == [250, 350, 500]
     assert [(p.activation, p.drop_path, p.drop_rate) for p in (a, b, c)] == [
         ("relu", 0, 0.1),
@@ -75,7 +75,8 @@ def test_protocols():
         ("swish", 0.2, 0),
     ]
     assert {(p.batch_size, p.lr, p.clip, p.flip) for p in (a, b, c)} == {(256, 0.28, 10.0, True)}
-    assert {(p.rois, p.mask_rois) for p in (a, b, c)} == {(512, 128)}
+    rois = [recipe_of("--protocol", name, "--head", "mask_rcnn") for name in "ABC"]
+    assert {(recipe["rois"], recipe["mask_rois"], recipe["clip"]) for recipe in rois} == {(512, 128, math.inf)}
 
 
 def test_recipe_rows_exceptions_and_flags():
@@ -90,8 +91,14 @@ def test_recipe_rows_exceptions_and_flags():
     assert (masks["clip"], masks["rois"], masks["mask_rois"], masks["drop_path"]) == (math.inf, 512, 128, 0.2)
     assert default["clip"] == 10 and "rois" not in default and "mask_rois" not in default
     assert recipe_of("--arch", 143, "--jitter", 0.1, 1.9)["jitter"] == [0.1, 1.9]
+    toy = recipe_of("--arch", 49, "--protocol", "toy", "--head", "mask_rcnn")
+    assert (toy["rois"], toy["mask_rois"], toy["epochs"], toy["eval_every"]) == (64, 16, 26, 13)
+    tiny = recipe_of("--arch", "tiny", "--protocol", "toy", "--head", "mask_rcnn")
+    assert (tiny["rois"], tiny["mask_rois"], tiny["epochs"], tiny["eval_every"]) == (64, 16, 16, 8)
     overfit = recipe_of("--overfit", 8, "--epochs", 7)
     assert (overfit["jitter"], overfit["flip"], overfit["batch_size"], overfit["epochs"]) == ([1, 1], False, 8, 7)
+    assert default["network"] == ARCHS["49"].plain()
+    assert PROTOCOLS["B"]["jitter"] == [0.5, 2.0] and PROTOCOLS["B"]["epochs"] == 350  # the tables stay as they are
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -110,27 +117,48 @@ def test_batch_is_split_the_same_everywhere():
     """Oracle: arithmetic. The micro-batch is what the table says fits, or what is given; it divides the share."""
     half = CPU._replace(amp=torch.bfloat16)  # 16 GB are assumed of a CPU
     for world, micro, expected in ((8, None, 16), (1, None, 16), (8, 4, 4), (2, 128, 128), (32, None, 8)):
-        assert split_batch(recipe_of(), micro, 0, half._replace(world=world)) == expected
-    assert split_batch(recipe_of(), None, 0, CPU) == 8  # float32 takes twice the memory
-    assert split_batch(recipe_of("--batch-size", 224), 28, 0, CPU._replace(world=8)) == 28
-    large = recipe_of("--arch", 96, "--size", 1024)
-    assert [split_batch(large, None, level, half._replace(world=8)) for level in (0, 2, 7)] == [4, 8, 8]
-    assert split_batch(recipe_of("--arch", 49, "--size", 896), None, 0, half._replace(world=8)) == 8
-    assert split_batch(recipe_of("--arch", 190, "--size", 1280, "--protocol", "C"), None, 0, half) == 1
+        assert split_batch(recipe_of(), micro, half._replace(world=world)) == expected
+    assert split_batch(recipe_of(), None, CPU) == 8  # float32 takes twice the memory
+    assert split_batch(recipe_of("--protocol", "A"), None, half) == 8  # DropBlock 1.46 times
+    assert split_batch(recipe_of("--protocol", "C", "--batch-size", 22), None, half) == 11  # 15 fit with swish
+    assert split_batch(recipe_of("--batch-size", 224), 28, CPU._replace(world=8)) == 28
+    assert split_batch(recipe_of("--arch", 96, "--size", 1024), None, half._replace(world=8)) == 4
+    assert split_batch(recipe_of("--arch", 49, "--size", 896), None, half._replace(world=8)) == 8
+    assert split_batch(recipe_of("--arch", 190, "--size", 1280, "--protocol", "C"), None, half) == 1
+    with pytest.raises(UserError, match="--batch-size 256 doesn't divide into 3 devices"):
+        split_batch(recipe_of(), None, CPU._replace(world=3))
+
+
+def test_default_batch_at_other_sizes():
+    """Oracle: arithmetic. What fits goes with the image's area; Mask R-CNN's, whose RoIs need the same at any size, is
+    no larger below 640. An arch that is not in the table gets one image of 640 x 640."""
+    half, retinanet, masks = CPU._replace(amp=torch.bfloat16), [], []
+    for size in (128, 384, 640, 1280):
+        flags = ("--size", size, "--batch-size", 1024)
+        retinanet.append(split_batch(recipe_of(*flags), None, half))
+        masks.append(split_batch(recipe_of(*flags, "--head", "mask_rcnn"), None, half))
+    assert retinanet == [512, 32, 16, 4]  # of 575, 63.9, 23 and 5.75
+    assert masks == [8, 8, 8, 2]  # of 14, 14, 14 and 3.5
+    for size, expected in ((640, 1), (128, 16), (1280, 1)):
+        assert split_batch(recipe_of("--size", size) | {"arch": "own"}, None, half) == expected
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--size", "600"], "--size: image size 600x600.*multiples of 128"),
+        (["--size", "600"], "--size is 600, but must be a multiple of 128"),
         (["--workers", "-1"], "--workers is -1, but must be at least 0"),
-        (["--resume", "--weights", "a.pt"], "leave out --weights"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--epochs", "-1"], "--epochs is -1"),
         (["--jitter", "2", "0.5"], "LOW <= HIGH"),
         (["--overfit", "0"], "--overfit is 0"),
         (["--seed", "-1"], "--seed is -1"),
         (["--batch-size", "16", "--micro-batch", "5"], "--micro-batch 5 must divide 16"),
+        (["--micro-batch", "0"], "--micro-batch is 0"),
+        (["--eval-every", "0"], "--eval-every is 0"),
+        (["--lr", "nan"], "--lr is nan"),
+        (["--lr", "-1"], "--lr is -1"),
+        (["--jitter", "nan", "1"], "LOW <= HIGH"),
         (["--size", "128", "--micro-batch", "1"], "single value per channel"),
         (["--data", "nowhere"], "nowhere/train2017 and nowhere/annotations.* not found"),
         (["--resume", "gone.pt"], "no checkpoint at gone.pt"),
@@ -158,6 +186,14 @@ def test_unknown_names(flag, values, capsys):
     assert stop.value.code == 2 and flag in said and all(name in said for name in values)
 
 
+def test_resume_and_weights_exclude_each_other(capsys):
+    """Oracle: by hand. A run goes on with its own weights: both flags together are refused, and both are named."""
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--resume", "--weights", "a.pt"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--weights: not allowed with argument --resume" in said
+
+
 def test_cuda_asked_for_and_absent(monkeypatch, shapes, tmp_path):
     """Oracle: by hand. The sentence says what torch finds."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -165,28 +201,41 @@ def test_cuda_asked_for_and_absent(monkeypatch, shapes, tmp_path):
         main([*TINY[:-1], "cuda", "--data", str(shapes), "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "model.py"])
-def test_torchvision_of_another_torch(script, tmp_path):
-    """Oracle: by hand. Where torchvision can't be imported with this torch, a sentence has the pip line."""
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text(
-        "raise RuntimeError('operator torchvision::nms does not exist')"
-    )
-    said = python(ROOT / script, "--help", code=2, env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert said.count("error: ") == 1 and "pip install --upgrade torch torchvision" in said
-    assert "torchvision::nms does not exist" in said and "Traceback" not in said
+def test_a_device_that_this_torch_has_no_kernels_for(monkeypatch):
+    """Oracle: the message of CUDA on a V100 under torch 2.11. It becomes a sentence with the pip line; a device without
+    memory left stays what it is, and what computes is accepted."""
+
+    def failing(error):
+        def raising(*inputs):
+            raise error
+
+        return raising
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    try_device(CPU)
+    lines = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be"
+    monkeypatch.setattr(torch.nn, "Conv2d", failing(RuntimeError(lines)))
+    with pytest.raises(UserError) as refused:
+        try_device(CPU)
+    said = str(refused.value)
+    assert f"torch {torch.__version__} can't compute on this device (CUDA error: no kernel image" in said
+    assert "pip install torch==2.10.0 torchvision==0.25.0" in said and "\n" not in said
+    monkeypatch.setattr(torch.nn, "Conv2d", failing(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        try_device(CPU)
 
 
-def test_gpu_capability_against_the_build():
-    """Oracle: PyPI's arch lists. A V100 runs torch 2.10's kernels, not 2.11's; newer GPUs run older binaries or PTX."""
-    old = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
-    for capability in ((7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
-        check_capability(capability, old)
-    check_capability((13, 0), old + ["compute_120"])
-    with pytest.raises(UserError, match=r"capability 7\.0.*torch==2\.10\.0 torchvision==0\.25\.0"):
-        check_capability((7, 0), old[1:])
-    with pytest.raises(UserError):
-        check_capability((13, 0), old)
+def test_the_first_use_of_cuda_is_tried(monkeypatch):
+    """Oracle: by hand. On a machine whose torch says it has a GPU, `start` tries it before anything else."""
+    tried = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(evaluate, "try_device", tried.append)
+    for capability, amp in (((7, 0), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        place = evaluate.start("cuda")
+        assert place == Place(torch.device("cuda:0"), amp=amp) and tried[-1] == place
+    assert len(tried) == 2 and evaluate.start("cpu") == CPU and len(tried) == 2
 
 
 def python(*arguments, code=0, **options):
@@ -291,9 +340,10 @@ def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank,
                 sample["boxes"][half], sample["labels"][half] = 0, -1
             yield sample
 
-    stream = batches()
+    stream, recipe = batches(), {"seed": 0, "clip": 10.0}
     for step in range(3):
-        means, norm = train_step(wrapped, stream, accumulate, optimizer, scaler, 0.02, 10.0, place, (0, step))
+        some = [next(stream) for _ in range(accumulate)]
+        means, norm = train_step(wrapped, some, recipe, optimizer, scaler, 0.02, place, step)
         losses, norm, _ = read_step(means, norm, False, place)
         assert np.isfinite([*losses.values(), norm]).all()
     if rank == 0:
@@ -337,18 +387,21 @@ def test_a_rank_with_only_empty_images(head, shapes, tmp_path):
 
 
 def test_noise_depends_on_seed_step_and_micro_step(shapes):
-    """Oracle: repetition. Stochastic depth draws the same for the same key, and differently for another step."""
+    """Oracle: repetition. Stochastic depth draws the same for the same seed and step, and differently for another of
+    either, and for the second micro-batch of a step."""
     annotations = load_annotations(shapes)
     batch = next(iter(make_loader(TrainSet(annotations, 128, (1, 1)), [[0, 1, 2, 3]], 0)))
 
-    def loss(key):
+    def loss(seed, step, batches=1):
         torch.manual_seed(0)
         model = build_model("tiny", num_classes=6, drop_path=0.9).train()
         optimizer, scaler = make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False)
-        means, norm = train_step(model, [batch], 1, optimizer, scaler, 0.0, 10.0, CPU, key)
+        recipe = {"seed": seed, "clip": 10.0}
+        means, norm = train_step(model, [batch] * batches, recipe, optimizer, scaler, 0.0, CPU, step)
         return norm.item()
 
-    assert loss((0, 5)) == loss((0, 5)) != loss((0, 6)) != loss((1, 6))
+    assert loss(0, 5) == loss(0, 5) != loss(0, 6) != loss(1, 6)
+    assert loss(0, 5, batches=2) != loss(0, 5)  # of one batch twice the mean is the same, unless the draws differ
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -361,7 +414,7 @@ def test_torchrun(head, shapes, tmp_path):
     out = python(*command, "--epochs", 1, env=environment)
     assert out.count("evaluated 24/24 images") == 1 and "8 = 2 device(s) x 4 images x 1 micro-steps" in out
     out = python(*command, "--epochs", 2, "--resume", env=environment)
-    assert "epochs 1 -> 2" in out and "resuming at step 8" in out
+    assert out.count("resuming at step 8") == 1 and "epochs 1 -> 2" in out
     assert [row["step"] for row in rows(tmp_path / "run") if "step" in row] == list(range(1, 17))
 
 
@@ -410,38 +463,52 @@ def test_an_existing_run_is_not_overwritten(run, shapes):
     assert (run / "last.pt").read_bytes() == before
 
 
-def test_resume_of_a_linked_checkpoint(run, shapes, tmp_path):
+def test_resume_of_a_linked_checkpoint(run, shapes, tmp_path, capsys):
     """Oracle: by hand. last.pt may be a link to another disk."""
     (tmp_path / "last.pt").symlink_to(run / "last.pt")
-    assert train.prepare(parse_args([*TINY, "--data", str(shapes), "--out", str(tmp_path), "--resume"])).out == tmp_path
+    main([*TINY, "--data", str(shapes), "--out", str(tmp_path), "--epochs", "1", "--workers", "0", "--resume"])
+    assert f"writing to {tmp_path}, resuming at step 4\nstep 4 after" in capsys.readouterr().out
 
 
 def test_overfit_within_a_limit(shapes):
     """Oracle: by hand. --limit counts first."""
     args = parse_args([*TINY, "--data", str(shapes), "--overfit", "2", "--limit", "3"])
-    assert len(train.load_splits(args, resolve(args), CPU)[0].ids) == 2
+    assert len(train.load_splits(args, resolve(args))[0].ids) == 2
     args.overfit = 5
     with pytest.raises(UserError, match="only 3 images"):
-        train.load_splits(args, resolve(args), CPU)
+        train.load_splits(args, resolve(args))
 
 
-def test_resume_in_another_precision(run, shapes, monkeypatch):
+def resumed(checkpoint, scaler):
+    """(state, scaler) of a run that goes on from a checkpoint with a given scaler."""
+    recipe, categories = checkpoint["recipe"], checkpoint["categories"]
+    parts = train.make_parts(recipe, categories, CPU) | {"scaler": scaler}
+    state = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "recipe": recipe, "categories": categories}
+    assert train.resume_from(checkpoint, state, parts, 4, "last.pt") == "resuming at step 4"
+    assert equal(parts["model"].state_dict(), checkpoint["model"])
+    assert equal(parts["optimizer"].state_dict(), checkpoint["optimizer"])
+    return state, parts["scaler"]
+
+
+def test_resume_in_another_precision(run):
     """Oracle: by hand. A run that had no gradient scaler goes on with one, and the other way round."""
-    args = parse_args([*TINY, "--data", str(shapes), "--out", str(run), "--resume", "--workers", "0"])
-    monkeypatch.setattr(train, "make_scaler", lambda place: torch.amp.GradScaler("cpu", enabled=True))
-    began = train.prepare(args).scaler.get_scale()
-    scaled = torch.load(run / "last.pt") | {"scaler": torch.amp.GradScaler("cpu", init_scale=4.0).state_dict()}
-    monkeypatch.setattr(train, "load_checkpoint", lambda path: scaled)
-    assert began == 2.0**16 and train.prepare(args).scaler.get_scale() == 4
-    monkeypatch.undo()
-    assert train.prepare(args).state["step"] == 4
-    monkeypatch.setattr(train, "load_checkpoint", lambda path: scaled)
-    assert not train.prepare(args).scaler.is_enabled()
+    plain, on, off = load_checkpoint(run / "last.pt"), {"enabled": True}, {"enabled": False}
+    assert plain["scaler"] == {}
+    state, scaler = resumed(plain, torch.amp.GradScaler("cpu", **on))
+    assert scaler.get_scale() == 2.0**16 and state["step"] == state["evaluated"] == 4 and state["best"] == plain["best"]
+    scaled = plain | {"scaler": torch.amp.GradScaler("cpu", init_scale=4.0).state_dict()}
+    assert resumed(scaled, torch.amp.GradScaler("cpu", **on))[1].get_scale() == 4
+    assert not resumed(scaled, torch.amp.GradScaler("cpu", **off))[1].is_enabled()
+    assert not train.make_parts(plain["recipe"], plain["categories"], CPU)["scaler"].is_enabled()
 
 
 @pytest.mark.parametrize(
     "flags, message",
-    [(["--arch", "49S"], r"arch differs \(tiny, not 49S\)"), (["--size", "256"], r"size differs \(128, not 256\)")],
+    [
+        (["--arch", "49S"], r"network differs \(filter_scale 0.25 -> 0.65, endpoint_channels 64 -> 128"),
+        (["--size", "256"], r"size differs \(128 -> 256\)"),
+        (["--head", "mask_rcnn"], r"head differs \(retinanet -> mask_rcnn\)"),
+    ],
 )
 def test_resume_as_another_model_is_refused(flags, message, run, shapes):
     """Oracle: by hand. The sentence says what differs and offers --weights."""
@@ -455,90 +522,70 @@ def test_resume_past_the_end_is_refused(run, shapes):
         main([*TINY, "--data", str(shapes), "--out", str(run), "--resume", "--epochs", "1", "--batch-size", "60"])
 
 
-class Board:
-    """Stands in for tensorboard's SummaryWriter."""
-
-    def __init__(self, folder, purge_step):
-        self.scalars, self.pictures = {}, []
-        Board.last = self, folder, purge_step
-
-    def add_scalar(self, name, value, step):
-        self.scalars[name, step] = value
-
-    def add_image(self, name, picture, step, dataformats):
-        self.pictures.append((name, picture.shape, step, dataformats))
-
-    def flush(self):
-        pass
+OWN = dataclasses.replace(ARCHS["tiny"], filter_scale=0.2, head_channels=32)
+FEW = [*TINY, "--limit", "8", "--batch-size", "4", "--epochs", "2", "--eval-every", "1", "--workers", "0"]
 
 
-def test_tensorboard(shapes, tmp_path, monkeypatch):
-    """Oracle: log.jsonl, whose numbers the curves are; the picture is grid.png. Without the package, a sentence."""
-    flags = [*TINY, "--data", str(shapes), "--limit", "4", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
-    flags += ["--out", str(tmp_path / "out"), "--tensorboard"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        main(flags)
-    assert not (tmp_path / "out").exists()
-    stub = ModuleType("torch.utils.tensorboard")
-    stub.SummaryWriter = Board
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
-    main(flags)
-    board, folder, purge = Board.last
-    assert folder == tmp_path / "out" and purge == 1
-    logged = rows(tmp_path / "out")
-    assert [board.scalars["train/loss", row["step"]] for row in logged[:2]] == [row["loss"] for row in logged[:2]]
-    assert board.scalars["eval/AP", 2] == logged[2]["AP"]
-    assert board.pictures == [("detections", np.asarray(Image.open(tmp_path / "out" / "grid.png")).shape, 2, "HWC")]
+def test_an_arch_of_ones_own_resumes_exactly(shapes, tmp_path, monkeypatch, capsys):
+    """Oracle: the run that was not interrupted. An Arch that is no row of ARCHS trains, stops after each step as a
+    signal asks, and goes on to the same bits; without it, and with another, it is refused, and what differs is said."""
+    assert OWN not in ARCHS.values()
+    straight, broken = ([*FEW, "--data", str(shapes), "--out", str(tmp_path / name)] for name in "ab")
+    main(straight, OWN)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "catch_signals", lambda: [signal.SIGTERM])
+        main(broken, OWN)
+        main([*broken, "--resume"], OWN)
+        main([*broken, "--resume"], OWN)
+    assert "step 3 after" in capsys.readouterr().out
+    for other, said in (
+        (None, "network differs (filter_scale 0.2 -> 0.25, head_channels 32 -> 64)"),
+        (dataclasses.replace(OWN, repeats=2), "network differs (repeats 1 -> 2)"),
+    ):
+        with pytest.raises(UserError) as refused:
+            main([*broken, "--resume"], other)
+        assert said in str(refused.value) and "--weights" in str(refused.value)
+    main([*broken, "--resume"], OWN)
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in "ab")
+    assert a["step"] == 4 and equal(a, b) and Arch.of(a["recipe"]["network"]) == OWN
+    times = {"seconds", "waited"}
+    logs = [[{k: v for k, v in r.items() if k not in times} for r in rows(tmp_path / name)] for name in "ab"]
+    assert logs[0] == logs[1] and [r["step"] for r in logs[0] if "step" in r] == [1, 2, 3, 4]
+
+
+def test_a_row_of_archs_may_change_or_vanish(run, shapes, tmp_path, monkeypatch, capsys):
+    """Oracle: the checkpoint, which says its own network. When its row has another value, or is gone, it is evaluated
+    as before, and resumed where the same network is given, under whatever name."""
+    flags = ["--weights", str(run / "last.pt"), "--data", str(shapes), "--device", "cpu", "--workers", "0"]
+    evaluate.main([*flags, "--out", str(tmp_path / "before")])
+    for row in (OWN, None):
+        monkeypatch.setitem(ARCHS, "tiny", row) if row else monkeypatch.delitem(ARCHS, "tiny")
+        evaluate.main([*flags, "--out", str(tmp_path / "after")])
+        before, after = ((tmp_path / name / "results.json").read_bytes() for name in ("before", "after"))
+        assert before == after
+        shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)
+        resume = [*TINY, "--data", str(shapes), "--out", str(tmp_path / "run"), "--epochs", "1", "--workers", "0"]
+        resume += ["--resume"] if row else ["--resume", "--arch", "49"]
+        with pytest.raises(UserError, match=r"network differs \(filter_scale 0.25 -> "):
+            main(resume)
+        capsys.readouterr()
+        same = Arch.of(load_checkpoint(run / "last.pt")["recipe"]["network"])
+        main(resume, same)
+        assert (
+            f"resuming at step 4{'' if row else ' with a changed recipe: arch tiny -> 49'}\n" in capsys.readouterr().out
+        )
 
 
 def test_late_data_is_warned_of(capsys):
-    """Oracle: by hand. Over 20 % of 50 steps' time gives one warning with its cure; 20 % gives none."""
-    for waited, warnings in ((0.3, 1), (0.2, 0)):
-        run = SimpleNamespace(place=CPU, state={"step": 0}, recipe={"batch_size": 8}, workers=1)
-        report = train.Report(run, 99)
+    """Oracle: by hand. Over 20 % of 50 steps' time gives one warning with its cure; 20 % none; rank 1 is silent."""
+    for waited, rank, warnings in ((0.3, 0, 1), (0.2, 0, 0), (0.3, 1, 0)):
+        bar, recent = tqdm(total=99, disable=True), []
         for step in range(1, 60):
-            report.step({"step": step, "loss": 1.0, "lr": 0.1, "seconds": 1.0, "waited": waited})
+            recent = [*recent, {"step": step, "loss": 1.0, "lr": 0.1, "seconds": 1.0, "waited": waited}][-50:]
+            train.show_progress(bar, recent, 8, 1, CPU._replace(rank=rank))
         printed = "".join(capsys.readouterr())
-        assert printed.count("raise --workers (now 1)") == warnings and "step 50/99: loss 1.000" in printed
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_a_rehearsal_leaves_no_trace(head, shapes, tmp_path):
-    """Oracle: the state before. Parameters, averages, gradients, optimizer, scaler and random state, to the last bit,
-    at the start and in the middle of a run; the rehearsal has run every parameter's backward."""
-    flags = [*TINY, "--head", head, "--data", str(shapes), "--batch-size", "4", "--micro-batch", "2", "--workers", "0"]
-    run = train.prepare(parse_args([*flags, "--protocol", "A", "--out", str(tmp_path)]))
-    touched = set()
-    for name, p in run.detector.named_parameters():
-        p.register_post_accumulate_grad_hook(lambda p, name=name: touched.add((name, bool(p.grad.isfinite().all()))))
-
-    def state():
-        parts = (run.detector.state_dict(), run.optimizer.state_dict(), run.scaler.state_dict(), torch.get_rng_state())
-        return copy.deepcopy(parts)
-
-    loader = make_loader(TrainSet(run.train, 128, (1, 1)), micro_batches(0, 1, 4, 2), 0)
-    for _ in range(2):
-        before = state()
-        train.rehearse(run)
-        assert equal(state(), before) and all(p.grad is None for p in run.detector.parameters())
-        assert touched == {(name, True) for name, _ in run.detector.named_parameters()}
-        train_step(run.model, iter(loader), 2, run.optimizer, run.scaler, 0.1, 10.0, CPU)
-
-
-def test_out_of_memory_in_words():
-    """Oracle: by hand. The sentence names the micro-batch and the next smaller one that divides; others pass."""
-    recipe = recipe_of("--batch-size", 24) | {"micro_batch": 6}
-    with pytest.raises(
-        UserError, match="--micro-batch 6 of --size 640 .* GiB were in use .*try --micro-batch 4, --recompute 7, or"
-    ):
-        with train.memory_in_words(recipe, 0, CPU):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(UserError, match="try or a smaller --size"):
-        with train.memory_in_words(recipe | {"micro_batch": 1}, 7, CPU):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="something else"), train.memory_in_words(recipe, 0, CPU):
-        raise RuntimeError("something else")
+        assert printed.count("30% of the time") == printed.count("raise --workers (now 1)") == warnings
+        assert printed.count("step 50/99: loss 1.000, lr 0.1, 8.0 images/s") == (rank == 0)
 
 
 def ask_to_stop(rank, world, folder):
@@ -586,19 +633,54 @@ def test_weights_from_another_detector(run, shapes, tmp_path, capsys):
 
 
 def test_weights_of_other_classes(run, shapes, tmp_path, capsys):
-    """Oracle: by hand. What fits is taken; the class layer is new and named; a bad file or another arch is refused."""
+    """Oracle: by hand. What fits is taken; the class layer is new and named; a bad file is refused."""
     renamed = renamed_shapes(shapes, tmp_path / "renamed")
     flags = [*TINY, "--data", str(renamed), "--limit", "4", "--batch-size", "2", "--epochs", "1", "--workers", "0"]
     main([*flags, "--weights", str(run / "best.pt"), "--out", str(tmp_path / "new")])
     out = capsys.readouterr().out
     assert "new: ['head.class_predict.weight', 'head.class_predict.bias']" in out and "evaluated 4/4 images" in out
-    with pytest.raises(UserError, match="classes differs"):
+    with pytest.raises(UserError, match="classes differs .*disc.* -> .*other disc"):
         main([*flags, "--resume", str(run / "last.pt"), "--out", str(tmp_path / "no")])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     (tmp_path / "cut.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
     for name in ("text.pt", "cut.pt"):
         with pytest.raises(UserError, match=name):
             main([*flags, "--weights", str(tmp_path / name), "--out", str(tmp_path / "no")])
+
+
+def test_weights_compare_networks_not_names(run, shapes, tmp_path, monkeypatch, capsys):
+    """Oracle: by hand. An equal Arch under another name takes every tensor, and nothing is said of the network; another
+    Arch under the same name takes what fits, and what differs is said."""
+    monkeypatch.setitem(ARCHS, "same", dataclasses.replace(ARCHS["tiny"]))
+    flags = [*TINY, "--data", str(shapes), "--limit", "4", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
+    flags += ["--lr", "1e-9", "--weights", str(run / "best.pt")]
+    given = load_checkpoint(run / "best.pt")["model"]
+    main([*flags, "--arch", "same", "--out", str(tmp_path / "same")])
+    out = capsys.readouterr().out
+    assert f"weights: {len(given)} of {len(given)} tensors from {run / 'best.pt'}; new: []" in out
+    assert "network is another" not in out
+    main([*flags, "--out", str(tmp_path / "other")], dataclasses.replace(ARCHS["tiny"], head_channels=32, alpha=0.5))
+    out = capsys.readouterr().out
+    assert "its network is another: head_channels 64 -> 32; new: ['head." in out
+    started = load_checkpoint(tmp_path / "other" / "last.pt")["model"]
+    changed = [name for name in given if started[name].shape != given[name].shape]
+    assert changed and all(name.startswith("head.") for name in changed)
+    assert f"weights: {len(started) - len(changed)} of {len(started)} tensors" in out
+    kept = [name for name in given if name not in changed and name.endswith("weight") and given[name].ndim == 4]
+    assert len(kept) > 100 and all(torch.allclose(started[name], given[name], atol=1e-5) for name in kept)
+
+
+def test_weights_without_a_layer_that_fits(run):
+    """Oracle: by hand. Where no layer fits, the sentence says how the networks differ, and nothing is taken."""
+    checkpoint = load_checkpoint(run / "best.pt")
+    detector = build_model(OWN, num_classes=6)
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    few = {name: value for name, value in checkpoint["model"].items() if value.ndim < 2}
+    renamed = {f"other.{name}": value for name, value in checkpoint["model"].items()}
+    for given in (few, renamed, {}):
+        with pytest.raises(UserError, match="--weights a.pt: no layer of it fits.*filter_scale 0.25 -> 0.2, head_chan"):
+            load_weights(detector, checkpoint | {"model": given}, checkpoint["categories"], "a.pt")
+    assert equal(detector.state_dict(), before)
 
 
 class Harmful:
@@ -616,17 +698,23 @@ def test_a_checkpoint_with_code_is_not_run(tmp_path, monkeypatch):
 
 
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    """Oracle: by hand. The disk is full: the old file stays, the draft goes, the sentence says so."""
-    save(tmp_path / "last.pt", {"step": 1})
+    """Oracle: by hand. The disk is full: the old file stays, the draft goes, a sentence says so. Only rank 0 writes."""
+    path, parts = tmp_path / "last.pt", {"model": nn.Linear(1, 1)}
+    save(path, parts, {"step": 0}, CPU._replace(rank=1, world=2))
+    assert not path.exists()
+    save(path, parts, {"step": 1}, CPU)
 
     def full(value, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="No space left on device.*what it held before is intact"):
-        save(tmp_path / "last.pt", {"step": 2})
-    assert torch.load(tmp_path / "last.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UserError, match=f"could not write {path} .*No space left on device.*what it held is intact"):
+        save(path, parts, {"step": 2}, CPU)
+    kept = torch.load(path, weights_only=True)
+    assert (
+        kept["step"] == 1 and equal(kept["model"], parts["model"].state_dict()) and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_divergence_stops_the_run(shapes, tmp_path, capsys):
@@ -658,6 +746,13 @@ def test_without_a_validation_split(coco_sample, tmp_path, capsys):
 
 
 def test_exceptions_are_fields():
-    """Oracle: the recipe's fields."""
+    """Oracle: the recipe's fields. Every row has the same, and what a head or an exception changes is a field."""
     assert train.HEAD_FIELDS.keys() == HEADS.keys()
-    assert {f.name for f in dataclasses.fields(train.Protocol)} >= {k for e in train.EXCEPTIONS.values() for k in e}
+    assert all(row.keys() == PROTOCOLS["B"].keys() for row in PROTOCOLS.values())
+    for (protocol, head, *arch), changed in train.EXCEPTIONS.items():
+        assert (
+            changed.keys() <= PROTOCOLS[protocol].keys() | train.HEAD_FIELDS[head].keys() and set(arch) <= ARCHS.keys()
+        )
+    assert train.OVERFIT.keys() <= PROTOCOLS["B"].keys()
+    for head, detector in HEADS.items():
+        assert set(detector.options) <= PROTOCOLS["B"].keys() | train.HEAD_FIELDS[head].keys()
