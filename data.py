@@ -210,7 +210,7 @@ def check_objects(objects, sizes, masks, path):
         sound[broken] = False
         if len(broken):
             o = objects[broken[0]]
-            words.append(f"{len(broken)} whose {key} is {rule}, as annotation id {o.get('id')}: {o.get(key)!s:.60}")
+            words.append(f"{len(broken)} whose {key} is {rule}, as annotation id {o.get('id')!r}: {o.get(key)!r:.60}")
     if (~sound).sum() > max(MAX_BROKEN[0], MAX_BROKEN[1] * len(objects)):
         what = f"of {len(objects)} objects {(~sound).sum()} are broken: {', '.join(words)}"
         form = "a bbox must be [x, y, width, height] in pixels (not two corners), inside its image"
@@ -261,17 +261,22 @@ def encode_mask(segmentation, height, width):
         polygons = [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
         polygons = [p for p in polygons if numbers(p, len(p), 2 * max(height, width)) is p]  # not far outside
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"] if polygons else None
-    code = segmentation if isinstance(segmentation, dict) else {}
-    counts = code.get("counts") if code.get("size") == [height, width] else None
+    code, pixels = segmentation if isinstance(segmentation, dict) else {}, height * width
+    counts = code.get("counts") if code.get("size") == [height, width] and pixels < 2**29 else None  # PIL opens no more
     if isinstance(counts, list):
-        whole = all(isinstance(v, int) and v >= 0 for v in counts) and sum(counts) == height * width
+        whole = all(isinstance(v, int) and v >= 0 for v in counts) and sum(counts) == pixels
         return coco_mask.frPyObjects(code, height, width)["counts"] if whole else None
-    # A compressed code: after "P" to "o" a number goes on, with "0" to "O" it ends. One cut short decodes to anything.
-    if isinstance(counts, str) and height * width < 2**29 and re.fullmatch("([P-o]{0,5}[0-O])+", counts):
-        code = {"size": [height, width], "counts": counts.encode()}
-        with contextlib.suppress(ValueError):  # pycocotools raises it where the runs are more than the image's pixels
-            return code["counts"] if coco_mask.encode(coco_mask.decode(code)) == code else None
-    return None
+    # A compressed code: after "P" to "o" a number goes on, with "0" to "O" it ends.
+    sound = isinstance(counts, str) and re.fullmatch("([P-o]{0,5}[0-O])+", counts) and runs_fit(counts, pixels)
+    return counts.encode() if sound and not runs_fit(counts, pixels - 1) else None
+
+
+def runs_fit(counts, pixels):
+    """Whether a compressed code's runs are of that many pixels at most: beyond them pycocotools decodes nothing."""
+    try:
+        return coco_mask.decode({"size": [pixels, 1], "counts": counts.encode()}) is not None
+    except ValueError:
+        return False
 
 
 def crop_mask(code, box):
@@ -444,14 +449,9 @@ def collate(samples):
     return batch | {"image": batch["image"].permute(0, 3, 1, 2)}  # (B, 3, S, S)
 
 
-def leave_signals_to_main(worker):
-    """Terminals and torchrun signal a whole process group; a worker leaves it, so that the main process can finish."""
-    os.setpgrp()
-
-
 def make_loader(dataset, batches, workers, pin_memory=False):
     """A DataLoader over an iterable of lists of sample numbers."""
-    # Forked workers share the annotations; Python 3.14's default would copy them into each.
-    how = "fork" if workers and sys.platform == "linux" else None
-    options = {"num_workers": workers, "multiprocessing_context": how, "worker_init_fn": leave_signals_to_main}
+    # Forked workers share the annotations, and leave the process group, which is signalled as a whole: main stops them.
+    fork = {"multiprocessing_context": "fork", "worker_init_fn": lambda worker: os.setpgrp()}
+    options = {"num_workers": workers} | (fork if workers and sys.platform == "linux" else {})
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory, **options)

@@ -183,11 +183,11 @@ def fit(parts, state, samples, val, place, out, workers):
 
 def evaluate_now(parts, state, val, place, out, workers, log):
     """Evaluate, log, write the picture grid, and keep the best weights in best.pt."""
-    size, micro = state["recipe"]["size"], state["recipe"]["micro_batch"]
-    metrics = evaluate(parts["model"], val, size, place, micro, workers, out=out)
+    recipe, model = state["recipe"], parts["model"]
+    metrics = evaluate(model, val, recipe["size"], place, recipe["micro_batch"], workers, out=out)
     log({"eval_step": state["step"]} | metrics)
     if place.rank == 0:
-        write_grid(parts["model"], val, size, place, out / "grid.png")
+        write_grid(model, val, recipe["size"], place, out / "grid.png")
     state["evaluated"] = state["step"]
     if metrics["AP"] > state["best"]:
         state["best"] = metrics["AP"]
