@@ -27,7 +27,7 @@ import heads
 import train
 from data import TrainSet, load_annotations, make_loader, micro_batches
 from evaluate import Place, finish, try_device
-from model import ARCHS, HEADS, Arch, UserError, build_model, load_checkpoint, load_weights
+from model import ARCHS, HEADS, Arch, UserError, build_model, load_checkpoint, load_model, load_weights
 from train import PROTOCOLS, lr_at, main, make_optimizer, parse_args, read_step, resolve, save, split_batch, train_step
 
 ROOT = Path(train.__file__).parent
@@ -553,27 +553,26 @@ def test_an_arch_of_ones_own_resumes_exactly(shapes, tmp_path, monkeypatch, caps
     assert logs[0] == logs[1] and [r["step"] for r in logs[0] if "step" in r] == [1, 2, 3, 4]
 
 
-def test_a_row_of_archs_may_change_or_vanish(run, shapes, tmp_path, monkeypatch, capsys):
-    """Oracle: the checkpoint, which says its own network. When its row has another value, or is gone, it is evaluated
-    as before, and resumed where the same network is given, under whatever name."""
-    flags = ["--weights", str(run / "last.pt"), "--data", str(shapes), "--device", "cpu", "--workers", "0"]
-    evaluate.main([*flags, "--out", str(tmp_path / "before")])
-    for row in (OWN, None):
-        monkeypatch.setitem(ARCHS, "tiny", row) if row else monkeypatch.delitem(ARCHS, "tiny")
-        evaluate.main([*flags, "--out", str(tmp_path / "after")])
-        before, after = ((tmp_path / name / "results.json").read_bytes() for name in ("before", "after"))
-        assert before == after
-        shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)
-        resume = [*TINY, "--data", str(shapes), "--out", str(tmp_path / "run"), "--epochs", "1", "--workers", "0"]
-        resume += ["--resume"] if row else ["--resume", "--arch", "49"]
-        with pytest.raises(UserError, match=r"network differs \(filter_scale 0.25 -> "):
-            main(resume)
-        capsys.readouterr()
-        same = Arch.of(load_checkpoint(run / "last.pt")["recipe"]["network"])
-        main(resume, same)
-        assert (
-            f"resuming at step 4{'' if row else ' with a changed recipe: arch tiny -> 49'}\n" in capsys.readouterr().out
-        )
+@pytest.mark.parametrize("row", [OWN, None])
+def test_a_row_of_archs_may_change_or_vanish(row, run, shapes, tmp_path, monkeypatch, capsys):
+    """Oracle: the checkpoint, which says its own network. When its row has another value, or is gone, it is loaded and
+    evaluated as before, and resumed where the same network is given, under whatever name."""
+    same, checkpoint = ARCHS["tiny"], load_checkpoint(run / "last.pt")
+    monkeypatch.setitem(ARCHS, "tiny", row) if row else monkeypatch.delitem(ARCHS, "tiny")
+    model = load_model(checkpoint, CPU)
+    assert model.arch == same and equal(model.state_dict(), checkpoint["model"])
+    shutil.copytree(run, tmp_path / "run")
+    where = ["--data", str(shapes), "--device", "cpu", "--workers", "0"]
+    evaluate.main([*where, "--weights", str(tmp_path / "run" / "last.pt"), "--limit", "3"])
+    assert "evaluated 3/3 images" in capsys.readouterr().out
+    resume = [*where, "--size", "128", "--protocol", "toy", "--epochs", "1", "--out", str(tmp_path / "run"), "--resume"]
+    resume += ["--arch", "tiny" if row else "49"]
+    with pytest.raises(UserError, match=r"network differs \(filter_scale 0.25 -> "):
+        main(resume)
+    capsys.readouterr()
+    main(resume, same)
+    renamed = "" if row else " with a changed recipe: arch tiny -> 49"
+    assert f"resuming at step 4{renamed}\nstep 4 after" in capsys.readouterr().out
 
 
 def test_late_data_is_warned_of(capsys):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import TRAIN, VAL, split_paths  # noqa: E402
 from model import UserError  # noqa: E402
 
-# Ranges are uniform unless said otherwise; the README states them.
+# Ranges are uniform unless said otherwise; docs/COURSE.md states them.
 SHAPES = {
     "images": {TRAIN: 600, VAL: 200},
     "classes": {1: "disc", 2: "square", 4: "triangle", 5: "star", 9: "cross", 12: "ring"},  # by original id
