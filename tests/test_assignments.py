@@ -52,7 +52,9 @@ def test_command_line(tmp_path, capsys):
     blanked = (tmp_path / "a3" / "heads.py").read_text()
     assert blanked.count('NotImplementedError("a3: heads.') == 4 and "def encode_boxes(boxes, anchors" in blanked
     assert (tmp_path / "a3" / "blocks.py").read_text() == (ROOT / "blocks.py").read_text()
-    assert (tmp_path / "a3" / "tests" / "official_small.npz").exists()
+    for name in ("tests/official_small.npz", "tools/make_shapes.py", "pyproject.toml", "README.md", "LICENSE"):
+        assert (tmp_path / "a3" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert {p.name for p in (tmp_path / "a3" / "docs").iterdir()} == {p.name for p in (ROOT / "docs").iterdir()}
     with pytest.raises(SystemExit) as stop:
         main(["a3", "--out", str(tmp_path / "a3")])
     assert stop.value.code == 2

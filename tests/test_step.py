@@ -152,7 +152,7 @@ USUAL = [  # head, arch, size, images, GB
 def test_the_usual_batches_fit(head, arch, size, images, capacity):
     """Oracle: the batches that filled 32 GB in float32 in an earlier re-implementation. Under autocast RetinaNet's fit
     16 GB, and twice them 32; Mask R-CNN's fit 32 GB, and half of them 16: by account, 14 and 28 GB of it. By default a
-    run on 16 GB takes them, too. (RetinaNet 96 at 1024 does not: 8 images need 16.1 GB, and the default is 4.)"""
+    run on 16 GB takes them, too. (RetinaNet 96 at 1024 does not: 8 images need 16.8 GB, and the default is 4.)"""
     assert images <= fitting(head, arch, size, capacity)
     assert capacity > 16 or default_of(head, arch, size) >= images
 
