@@ -373,9 +373,11 @@ def one_process_first(place):
     first = int(os.environ.get("LOCAL_RANK", place.rank)) == 0
     if place.world > 1 and not first:
         dist.barrier()
-    yield
-    if place.world > 1 and first:
-        dist.barrier()
+    try:
+        yield
+    finally:  # where it fails, too: the others then come to the same fault, instead of waiting
+        if place.world > 1 and first:
+            dist.barrier()
 
 
 def make_folder(path):
@@ -394,8 +396,7 @@ def one_sentence():
         yield
         return
     except UserError as error:
-        # A DataLoader worker puts its traceback before the sentence, which follows the exception's name.
-        sentence = str(error).rpartition("UserError: ")[2].strip()
+        sentence = str(error).rpartition("UserError: ")[2].strip()  # a DataLoader worker puts its traceback before it
     except OSError as error:
         sentence = f"{error.filename or 'a system call'} failed: {error.strerror or error}"
     except torch.OutOfMemoryError as error:
@@ -403,8 +404,7 @@ def one_sentence():
     except RuntimeError as error:  # a dead worker's is raised by a signal, wherever the main process then is
         if "DataLoader worker (pid" not in str(error):
             raise
-        reason = str(error).splitlines()[0].strip()
-        sentence = f"{reason} Most often memory ran out, the machine's or /dev/shm: use fewer --workers"
+        sentence = f"{str(error).splitlines()[0]} Most often memory ran out, RAM or /dev/shm: use fewer --workers"
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)  # where the first process says the same, torchrun ends this one before, if not in training
     print(f"error: {sentence}", file=sys.stderr, flush=True)

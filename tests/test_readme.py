@@ -178,7 +178,7 @@ def test_imports_go_one_way(name):
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and (name, node.name) == ("evaluate", "resolve_root"):
             late = {inner for inner in ast.walk(node) if isinstance(inner, ast.ImportFrom)}
-    assert {node.module for node in late} == ({"make_shapes"} if name == "data" else set())
+    assert {node.module for node in late} == ({"make_shapes"} if name == "evaluate" else set())
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in late:
