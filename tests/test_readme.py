@@ -27,7 +27,7 @@ README, TEXT = DOCUMENTS[ROOT / "README.md"], "\n".join(DOCUMENTS.values())
 
 
 def test_every_symbol_exists():
-    """Oracle: the modules. Each `file.symbol`, and each `NAME` in `file.py`, is there, fields of dataclasses included."""
+    """Oracle: the modules. Each `file.symbol`, and each `NAME` in `file.py`, is there, dataclass fields included."""
     symbols = set(re.findall(rf"`((?:{'|'.join(MODULES + TOOLS)})\.(?!py`)[\w.]+)`", TEXT))
     symbols |= {f"{module}.{name}" for name, module in re.findall(r"`(\w+)`\s+in\s+`(?:tools/)?(\w+)\.py`", TEXT)}
     assert len(symbols) > 60
@@ -89,7 +89,7 @@ def test_the_ablations(monkeypatch, tmp_path):
 
 
 def test_links():
-    """Oracle: the files. Each relative link, and each picture, leads to a file, and to a heading of it if it says one."""
+    """Oracle: the files. Each relative link and picture leads to a file, and to a heading of it if it says one."""
     links = [(path, link) for path, text in DOCUMENTS.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     links = [(path, *link.partition("#")[::2]) for path, link in links if not link.startswith("http")]
     assert len(links) > 8
@@ -173,7 +173,7 @@ def test_no_function_is_long(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_one_way(name):
     """Oracle: the order of MODULES. A file imports, at its top, from those before it; resolve_root alone imports where
-    it needs it, the tool that writes the generated set. Down to model.py nothing but torch and torchvision is needed."""
+    it needs it, the tool that writes the generated set. Up to model.py nothing but torch and torchvision is needed."""
     tree, late = parsed(name), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and (name, node.name) == ("evaluate", "resolve_root"):
