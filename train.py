@@ -61,7 +61,7 @@ DROPS = (30, 10)  # epochs before the end at which the learning rate is divided 
 # most a tenth of any run.
 SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
 # Images of 640 x 640 that 16 GB hold under autocast with ReLU, (RetinaNet, Mask R-CNN): by account, not by measurement
-# (tools/bench_step.py --memory). Swish keeps its inputs, DropBlock its masks: either takes at most SWISH times as much.
+# (tools/bench_step.py --memory). Swish keeps its inputs, DropBlock its masks: divided by SWISH, either fits.
 FITS = {"tiny": (59, 47), "49S": (33, 23), "49": (23, 14), "96": (16, 11), "143": (12, 9), "190": (6, 4)}
 SWISH = 1.46
 SAVE_SECONDS, PRINT_STEPS, MAX_WAITING = 15 * 60, 50, 0.2  # the last: share of the time, above which a warning comes
@@ -389,7 +389,7 @@ def main(argv=None, arch=None):
     recipe = resolve(args, arch)
     out = args.out or Path("runs", "{arch}_{size}_{protocol}_{head}".format(**recipe))
     resume = None if args.resume is None else Path(args.resume or out / "last.pt")
-    if (out / "last.pt").exists() and not (resume and resume.resolve() == (out / "last.pt").resolve()):
+    if (out / "last.pt").exists() and not (resume and resume.parent.resolve() == out.resolve()):
         raise UserError(f"{out} already holds a run: continue that one with --resume, or give another --out")
     checkpoint = load_checkpoint(resume or args.weights) if resume or args.weights else None
     place = start(args.device, args.amp)
