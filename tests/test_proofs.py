@@ -53,7 +53,7 @@ def test_mask_rcnn_on_shapes(tmp_path):
 
 def test_overfitting_masks_of_real_images(coco_sample, tmp_path):
     """Oracle: pycocotools, on the four real images that were trained on: box AP of at least 0.5, mask AP of 0.4.
-    Measured: 0.694 and 0.552."""
+    Measured: 0.675 and 0.524; 0.694 and 0.552 with other crops of the masks."""
     flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--head", "mask_rcnn", "--overfit", "4"]
     run(*TRAIN, *flags, "--data", coco_sample, "--out", "run", cwd=tmp_path)
     metrics = last_metrics(tmp_path / "run")
