@@ -43,7 +43,7 @@ def last_metrics(folder):
 
 def test_mask_rcnn_on_shapes(tmp_path):
     """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.35, mask AP of 0.30.
-    Measured: 0.535 and 0.463."""
+    Measured: 0.561 and 0.472; 0.535 and 0.463 with other crops of the masks."""
     flags = ["--arch", "tiny", "--size", "128", "--protocol", "toy", "--head", "mask_rcnn", "--data", "shapes"]
     run(*TRAIN, *flags, "--out", "run", cwd=tmp_path)
     metrics = last_metrics(tmp_path / "run")
