@@ -105,7 +105,7 @@ def to_its_end(process, code=0):
 
 @pytest.mark.slow
 def test_kills_at_random_moments(child, shapes, tmp_path):
-    """Oracle: the run that nobody killed. After each of 20 SIGKILLs, the first of them inside a save, last.pt is whole
+    """Oracle: the run that nobody killed. After each of 10 SIGKILLs, the first of them inside a save, last.pt is whole
     or not there yet; the run that goes on from it ends with the same bits, and its log has every step once."""
     said = tmp_path / "said.txt"
     for name in ("straight", "again"):  # the first start takes longer
@@ -114,7 +114,7 @@ def test_kills_at_random_moments(child, shapes, tmp_path):
         seconds = time.monotonic() - began
     expected = load_checkpoint(tmp_path / "straight" / "last.pt")
     rng, killed, resumed = np.random.default_rng(0), 0, 0
-    for k in range(20):
+    for k in range(10):
         out = tmp_path / str(k)
         flags = [*SHORT, "--data", shapes, "--out", out]
         process = child(flags, said, None if k else die_in_save)
@@ -132,7 +132,7 @@ def test_kills_at_random_moments(child, shapes, tmp_path):
         assert equal(load_checkpoint(out / "last.pt"), expected)
         steps = [row["step"] for row in rows(out) if "step" in row]
         assert steps == list(range(1, 9)) and sum("eval_step" in row for row in rows(out)) == 1
-    assert killed >= 15 and resumed >= 5, (killed, resumed)
+    assert killed >= 7 and resumed >= 3, (killed, resumed)
 
 
 def test_a_full_disk(child, shapes, tmp_path):
