@@ -12,6 +12,7 @@ import textwrap
 import make_shapes
 import pytest
 import torch
+from import_official import RELEASED
 from make_assignment import ASSIGNMENTS, ROOT, body_of
 
 import data
@@ -115,6 +116,13 @@ def test_the_protocols_table():
     for name, protocol in train.PROTOCOLS.items():
         low, high = protocol["jitter"]
         assert re.search(rf"^\| {name}[^|]*\| {low} – {high} \| {protocol['epochs']}\b", TEXT, re.MULTILINE), name
+
+
+def test_the_table_of_released_files():
+    """Oracle: tools/import_official.py. The table says each released file's protocol, AP and size."""
+    rows = re.findall(r"^\| `(retinanet|maskrcnn)/([\w-]+)` \| (\w) \| ([\d.() ]+) \| (\d+) \|", TEXT, re.MULTILINE)
+    said = {(head.replace("maskrcnn", "mask_rcnn"), name): (int(size), p, ap) for head, name, p, ap, size in rows}
+    assert said == RELEASED
 
 
 def test_the_memory_table(monkeypatch):
