@@ -450,7 +450,7 @@ def collate(samples):
 
 
 def make_loader(dataset, batches, workers, pin_memory=False):
-    """A DataLoader over an iterable of lists of sample numbers."""
+    """A DataLoader over lists of sample numbers. Fork it before a collective, whose threads' locks it would inherit."""
     # Forked workers share the annotations, and leave the process group, which is signalled as a whole: main stops them.
     fork = {"multiprocessing_context": "fork", "worker_init_fn": lambda worker: os.setpgrp()}
     options = {"num_workers": workers} | (fork if workers and sys.platform == "linux" else {})

@@ -47,14 +47,14 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
     """
     began, was_training = time.perf_counter(), model.training
     model.eval()
+    mine = range(place.rank, len(annotations.ids), place.world)
+    batches = [mine[k : k + micro_batch] for k in range(0, len(mine), micro_batch)]
+    loader = iter(make_loader(EvalSet(annotations, size), batches, workers, place.device.type == "cuda"))
     if place.world > 1:  # without SyncBN, on CPUs, every rank has statistics of its own: rank 0's are the model's
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    mine = range(place.rank, len(annotations.ids), place.world)
-    batches = [mine[k : k + micro_batch] for k in range(0, len(mine), micro_batch)]
-    loader = make_loader(EvalSet(annotations, size), batches, workers, place.device.type == "cuda")
     rows = {}  # {index of an image: its result dicts}
-    for batch in tqdm(loader, desc="evaluating", disable=place.rank > 0 or None, leave=False):
+    for batch in tqdm(loader, "evaluating", len(batches), disable=place.rank > 0 or None, leave=False):
         with place.autocast():
             detections = model(place.move(batch["image"]), sizes=batch["region"])
         for i, found in zip(batch["index"].tolist(), detections):

@@ -143,12 +143,12 @@ def fit(parts, state, samples, val, place, out, workers):
     evaluation, and at least every 15 minutes.
     """
     recipe, model, optimizer, scaler = state["recipe"], parts["model"], parts["optimizer"], parts["scaler"]
-    if place.world > 1:  # parts keep the bare model, for evaluation, which broadcasts its buffers, and for checkpoints
-        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     batch_size, per_epoch = recipe["batch_size"], math.ceil(len(samples.annotations.ids) / recipe["batch_size"])
     total, accumulate = recipe["epochs"] * per_epoch, batch_size // place.world // recipe["micro_batch"]
     order = micro_batches(state["step"], total, batch_size, recipe["micro_batch"], place.rank, place.world)
     loader = iter(make_loader(samples, order, workers, place.device.type == "cuda"))
+    if place.world > 1:  # parts keep the bare model, for evaluation, which broadcasts its buffers, and for checkpoints
+        model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     log, asked = open_log(out / "log.jsonl", state, place), catch_signals()
     bar = tqdm(total=total, initial=state["step"], disable=place.rank > 0 or None)  # None: where there is no terminal
     recent, saved = [], time.monotonic()

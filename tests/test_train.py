@@ -598,6 +598,38 @@ def ask_to_stop(rank, world, folder):
     finish(place)
 
 
+class Collective(Exception):
+    """Raised in place of a collective, when it is reached."""
+
+
+def test_workers_are_forked_before_a_collective(shapes, tmp_path, monkeypatch):
+    """Oracle: by hand. Of several ranks, training and evaluation start their workers first: a worker that is forked
+    while a thread of the collective enters Python inherits a lock that nobody opens, and hangs (seen once)."""
+    events, a = [], load_annotations(shapes)
+
+    class Loader:
+        def __iter__(self):
+            events.append("fork")
+            return iter(())
+
+    def collective(*given, **options):
+        raise Collective
+
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "make_loader", lambda *given: Loader())
+    monkeypatch.setattr(train, "DistributedDataParallel", collective)
+    monkeypatch.setattr(dist, "broadcast", collective)
+    place = Place(CPU.device, rank=1, world=2)
+    recipe = train.resolve(train.parse_args(["--arch", "tiny", "--size", "128", "--protocol", "toy"]))
+    state = {"step": 0, "recipe": recipe | {"micro_batch": 8}}
+    parts = {"model": nn.BatchNorm2d(1), "optimizer": None, "scaler": None}
+    with pytest.raises(Collective):
+        train.fit(parts, state, train.TrainSet(a, 128, (1, 1)), a, place, tmp_path, 2)
+    with pytest.raises(Collective):
+        evaluate.evaluate(parts["model"], a, 128, place)
+    assert events == ["fork", "fork"]
+
+
 def test_all_ranks_see_one_rank_stop_or_diverge(tmp_path):
     """Oracle: by hand. What one of two ranks reads, a wish to stop or an infinite loss, the other reads, too."""
     mp.spawn(ask_to_stop, args=(2, tmp_path), nprocs=2)
