@@ -42,12 +42,12 @@ def last_metrics(folder):
 
 
 def test_mask_rcnn_on_shapes(tmp_path):
-    """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.35, mask AP of 0.30.
-    Measured: 0.561 and 0.472; 0.535 and 0.463 with other crops of the masks."""
+    """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.22, mask AP of 0.12 after half
+    of the README's epochs. Measured: 0.336 and 0.221."""
     flags = ["--arch", "tiny", "--size", "128", "--protocol", "toy", "--head", "mask_rcnn", "--data", "shapes"]
-    run(*TRAIN, *flags, "--out", "run", cwd=tmp_path)
+    run(*TRAIN, *flags, "--epochs", "8", "--eval-every", "8", "--out", "run", cwd=tmp_path)
     metrics = last_metrics(tmp_path / "run")
-    assert metrics["AP"] >= 0.35 and metrics["mask_AP"] >= 0.30
+    assert metrics["AP"] >= 0.22 and metrics["mask_AP"] >= 0.12
     assert (tmp_path / "run" / "grid.png").exists()
 
 
@@ -61,10 +61,10 @@ def test_overfitting_masks_of_real_images(coco_sample, tmp_path):
 
 
 def test_overfitting_real_images(coco_sample, tmp_path):
-    """Oracle: pycocotools, on the eight real images that were trained on: AP of at least 0.85.
-    Measured: 0.928."""
-    flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--data", coco_sample, "--overfit", "8"]
-    assert best_ap(run(*TRAIN, *flags, cwd=tmp_path)) >= 0.85
+    """Oracle: pycocotools, on the four real images that were trained on: AP of at least 0.7.
+    Measured: 0.840; with eight images 0.928."""
+    flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--data", coco_sample, "--overfit", "4"]
+    assert best_ap(run(*TRAIN, *flags, cwd=tmp_path)) >= 0.7
 
 
 def test_paper_scale_on_a_cpu(coco_sample, tmp_path):
