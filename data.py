@@ -12,8 +12,10 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from model import PIXEL_MEAN, UserError
+from model import PIXEL_MEAN, UserError, refuse
 
 MAX_OBJECTS = 100  # targets per image (authors' yaml, max_num_instances)
 MASK_SIDE = 112  # cells of a target's mask, per side of its box (authors' yaml, gt_mask_size)
@@ -30,7 +32,9 @@ PAD = torch.tensor(PIXEL_MEAN).round().to(torch.uint8)  # (124, 116, 104): 0 aft
 MIN_SIDE = 0.01  # pixels of the network's input: what the window leaves of an object's box below this is no object
 MAX_BROKEN = 10, 0.01  # broken objects: more than so many, and than this share, mean that the format is wrong
 TRAIN, VAL = "train2017", "val2017"
-KEPT_FROM, KEPT_VERSION = 50e6, 1  # the arrays of a json of more bytes are kept in a file beside it; its version
+UNIT, LARGE = 1.05, 32  # no coordinate beyond that, on an image of so many pixels a side: it looks normalized
+MAX_PIXELS, Image.MAX_IMAGE_PIXELS = 2**28, None  # of an image: read_image's limit, not PIL's
+KEPT_FROM, KEPT_VERSION = 50e6, 2  # the arrays of a json of more bytes are kept in a file beside it; its version
 
 
 class Annotations(NamedTuple):
@@ -52,7 +56,7 @@ class Annotations(NamedTuple):
     area: np.ndarray  # (M,) float64: of the segmentation
     codes: np.ndarray | None = None  # (C,) uint8: the masks' compressed run-length codes, one after another
     starts: np.ndarray | None = None  # (M + 1,) int64: the code of object m is codes[starts[m] : starts[m + 1]]
-    broken: str = ""  # what was dropped, in words
+    notes: str = ""  # what was dropped or done to take it, a line for each
 
     def path(self, i):
         """Where the file of image i is."""
@@ -88,12 +92,11 @@ class Annotations(NamedTuple):
     def summary(self):
         """The counts that a start-up prints."""
         positives = self.positives()
-        crowds = np.diff(self.spans).sum() - positives.sum()
         return (
-            f"{len(self.ids)} images, {positives.sum()} objects of {len(self.categories)} classes, {crowds} crowds "
-            f"(never positive), {(positives == 0).sum()} images without objects (negatives), "
-            f"{(positives > MAX_OBJECTS).sum()} with more than {MAX_OBJECTS} (which keep {MAX_OBJECTS})"
-            + (f", dropped as broken: {self.broken}" if self.broken else "")
+            f"{len(self.ids)} images, {positives.sum()} objects of {len(self.categories)} classes, "
+            f"{np.diff(self.spans).sum() - positives.sum()} crowds (never positive), "
+            f"{(positives == 0).sum()} images without objects (negatives), "
+            f"{(positives > MAX_OBJECTS).sum()} with more than {MAX_OBJECTS} (which keep {MAX_OBJECTS}){self.notes}"
         )
 
 
@@ -106,41 +109,42 @@ or start without it: python train.py --arch tiny --size 128 --protocol toy --dat
 
 
 def split_paths(root, split):
-    """(annotation file, image folder) of a split, in COCO's layout."""
-    return Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
+    """(annotation file, image folder) of a split, in COCO's layout: of test-dev2017 image_info_... and test2017."""
+    path, folder = Path(root, "annotations", f"instances_{split}.json"), Path(root, split)
+    info, other = path.with_name(f"image_info_{split}.json"), folder.with_name(split.replace("-dev", ""))
+    return path if path.exists() or not info.exists() else info, folder if folder.exists() else other
 
 
-def load_annotations(root, split=TRAIN, masks=False):
-    """Read and check one split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/.
+def load_annotations(root, split=TRAIN, masks=False, paths=None, report=refuse):
+    """One split of a COCO folder: root/annotations/instances_{split}.json and root/{split}/, or the two `paths`.
 
     With `masks`, segmentations are kept, and an object without one is broken. Broken objects are dropped and counted.
-    Raises UserError where they are too many, where a path or an image is missing, or where the json isn't COCO's.
+    Too many of them, wrong ids, missing files are told to `report`, which by default raises UserError.
     """
-    path, folder = split_paths(root, split)
-    missing = " and ".join(str(p) for p, there in ((folder, folder.is_dir()), (path, path.is_file())) if not there)
-    if missing:
-        raise UserError(f"{missing} not found. {HELP.format(root=root)}")
-    annotations, there = read_annotations(path, folder, masks), set(os.listdir(folder))
-    for i, name in enumerate(annotations.files.tolist()):
-        if name not in there and not os.path.isfile(annotations.path(i)):  # it may be in a folder of the folder
-            what = f"{folder} has no file {name!r}, which {path} names for image id {annotations.ids[i]}"
-            raise UserError(f"{what}; unpack the images there again")
-    return annotations
+    path, folder = map(Path, paths or split_paths(root, split))
+    try:
+        return read_annotations(path, folder, masks, report)
+    except (FileNotFoundError, NotADirectoryError):
+        missing = " and ".join(str(p) for p in (folder, path) if not p.exists())
+    found = ", ".join(sorted(str(p) for kind in ("*.json", "*/*.json") for p in Path(root).glob(kind))[:4]) or "none"
+    what = f"{root} is not in COCO's layout; of json files it has {found}; any will do: --train or --val JSON IMAGES"
+    raise UserError(f"{missing} not found. {what if paths or Path(root).exists() else HELP.format(root=root)}")
 
 
-def read_annotations(path, folder, masks):
+def read_annotations(path, folder, masks, report=refuse):
     """The Annotations in a json. Those of a large one are kept in a file beside it, which later starts map."""
     stat, kept = path.stat(), path.with_suffix(".masks.pt" if masks else ".boxes.pt")
-    stamp = [KEPT_VERSION, stat.st_size, stat.st_mtime_ns]
+    stamp, known = [KEPT_VERSION, stat.st_size, stat.st_mtime_ns], None
     with contextlib.suppress(Exception):  # whatever that file holds, the json is still there to be read
         saved = torch.load(kept, mmap=True, weights_only=True)
-        if saved.pop("stamp") == stamp:
-            saved |= {key: v.numpy() for key, v in saved.items() if isinstance(v, torch.Tensor)}
-            return Annotations(**saved | {"folder": str(folder), "files": np.array(saved["files"])})
+        saved |= {key: v.numpy() for key, v in saved.items() if isinstance(v, torch.Tensor)}
+        known = Annotations(**saved | {"folder": str(folder)}) if saved.pop("stamp") == stamp else None
+    if known:
+        return known._replace(files=find_files(folder, known.files, known.ids, path, report)[0])
     if stat.st_size < KEPT_FROM:
-        return pack(path, folder, masks)
+        return pack(path, folder, masks, report)
     print(f"reading {path}, which takes a while; its arrays will be kept in {kept}, if that can be written", flush=True)
-    annotations, draft = pack(path, folder, masks), kept.with_suffix(f".{os.urandom(8).hex()}.tmp")
+    annotations, draft = pack(path, folder, masks, report), kept.with_suffix(f".{os.urandom(8).hex()}.tmp")
     fields = annotations._asdict() | {"files": annotations.files.tolist(), "stamp": stamp}
     with contextlib.suppress(OSError, RuntimeError):  # a full disk is a RuntimeError to torch
         torch.save({k: torch.tensor(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()}, draft)
@@ -150,101 +154,154 @@ def read_annotations(path, folder, masks):
     return annotations
 
 
-ID, SIDE = (-(2**63), 2**63 - 1), (1, 10**6)
-COLUMNS = {  # list of the json: {key: the range of its whole numbers, or the list whose ids it must be one of}
-    "images": {"id": ID, "height": SIDE, "width": SIDE},
-    "categories": {"id": ID},
-    "annotations": {"image_id": "images", "category_id": "categories"},
-}
+# Lists of the json: {key: the list whose ids it must be one of, or none for an id of its own}.
+KEYS = dict(images={"id": ""}, categories={"id": ""}, annotations={"image_id": "images", "category_id": "categories"})
 
 
-def read_columns(path):
-    """(a json's content, {(list, key): (rows,) int64} for COLUMNS). Raises UserError where the json isn't COCO's."""
+def whole(value):
+    """A whole number of 64 bits as an int, also if it is a float or stands in text; else None."""
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value.strip()):
+        value = int(value)
+    return int(value) if isinstance(value, (int, float)) and -(2**63) <= value < 2**63 and value == int(value) else None
+
+
+def read_columns(path, report):
+    """(a json's lists as in KEYS, {(list, key): (rows,) int64} of their ids) without wrong ids, which are reported.
+    Images and categories are sorted by id; a test split has no annotations. A UserError if the json isn't COCO's."""
     fault = f"{path} is not a COCO annotation file; correct it or export it again:"
     try:
-        content, columns = json.loads(path.read_bytes()), {}
-    except (OSError, ValueError, RecursionError) as error:
+        content, lists, columns = json.loads(path.read_bytes()), [], {}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{fault} {type(error).__name__}, {error}") from None
-    for part, keys in COLUMNS.items():
-        rows = content.get(part) if isinstance(content, dict) else None
+    for part, keys in KEYS.items():
+        rows = content.get(part, [] if part == "annotations" else None) if isinstance(content, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{fault} {part!r} is not a list of objects")
         if not rows and part != "annotations":
             raise UserError(f"{fault} it has no {part}")
-        for key, allowed in keys.items():
-            values, other = [row.get(key) for row in rows], allowed in COLUMNS
-            low, high = ID if other else allowed
-            fits = np.array([isinstance(v, (int, float)) and low <= v <= high and v == int(v) for v in values], bool)
-            columns[part, key] = np.array([int(v) if ok else 0 for v, ok in zip(values, fits)], dtype=np.int64)
+        good, own = np.ones(len(rows), dtype=bool), [str(row.get("id", f"none, {k}")) for k, row in enumerate(rows)]
+        for key, other in keys.items():
+            values = [whole(row.get(key)) for row in rows]
+            columns[part, key] = np.array([v or 0 for v in values], dtype=np.int64)
+            fits = np.array([v is not None for v in values], dtype=bool)
             if other:
-                fits &= np.isin(columns[part, key], columns[allowed, "id"])
+                fits &= np.isin(columns[part, key], columns[other, "id"])
             if not fits.all():
                 k, row = fits.argmin(), rows[fits.argmin()]
-                what = f"the id of one of its {allowed}" if other else f"a whole number in {low} .. {high}"
-                raise UserError(f"{fault} {part}[{k}], id {row.get('id')!r}, has {key} {row.get(key)!r}: not {what}")
-        own = columns.get((part, "id"), [str(row.get("id", f"none, {k}")) for k, row in enumerate(rows)])
-        ids, counts = np.unique(own, return_counts=True)  # an annotation's own may be anything, or lack
-        if counts.max(initial=0) > 1:
-            raise UserError(f"{fault} {part} has the id {ids[counts.argmax()]} twice")
-    return content, columns
+                what = f"the id of one of its {other}" if other else "a whole number of 64 bits"
+                what = f"has {key} {row.get(key)!r:.60}: not {what} ({(~fits).sum()} such)"
+                report(f"{fault} {part}[{k}], id {row.get('id')!r}, {what}")
+            good, own = good & fits, own if other else columns[part, key]
+        kept, first = np.flatnonzero(good), np.unique(np.asarray(own)[good], return_index=True)[1]
+        if len(first) < len(kept):
+            report(f"{fault} {part} has the id {own[np.delete(kept, first)[0]]} twice ({len(kept) - len(first)} such)")
+        kept = kept[np.sort(first) if part == "annotations" else first]  # the others in the order of their ids
+        lists.append([rows[k] for k in kept])
+        columns |= {(part, key): columns[part, key][kept] for key in keys}
+    return lists, columns
 
 
-def check_objects(objects, sizes, masks, path):
-    """Which of a json's J objects are sound: (boxes (J, 4) float64 xywh, mask codes, sound (J,) bool, faults in words).
+def base_name(name):
+    """A file's name without what other systems put before it or change: URL, folders, \\, case, Unicode's form."""
+    return unicodedata.normalize("NFC", re.split(r"[/\\]", unquote(name).split("?")[0])[-1]).casefold()
 
-    sizes (J, 2): (width, height) of each one's image; codes: `encode_mask`'s. Raises UserError if too many are broken.
-    """
+
+def find_files(folder, names, ids, path, report):
+    """((N,) the images' files, relative to the folder; what was done, in words). Lost ones are found by `base_name`."""
+    there, near = set(os.listdir(folder)), {}
+    lost = [i for i, name in enumerate(names) if name not in there and not os.path.isfile(os.path.join(folder, name))]
+    for file in folder.rglob("*") if lost else ():
+        near.setdefault(base_name(file.name), []).append(str(file.relative_to(folder)))
+    new = {i: files[0] for i in lost if len(files := near.get(base_name(names[i]), [])) == 1}
+    unclear = [i for i in lost if i not in new]
+    if unclear:
+        i, name = unclear[0], names[unclear[0]]
+        what = f"{folder} has no file {name!r}, which {path} names for image id {ids[i]} ({len(unclear)} such)"
+        report(f"{what}; near it is {near.get(base_name(name), 'nothing')}; unpack the images there again")
+    note = [f"{len(new)} files have other names: {names[i]!r} is {new[i]!r}" for i in lost[:1] if not unclear]
+    names = [new.get(i, name) for i, name in enumerate(names)]
+    files, which, counts = np.unique([os.path.normpath(n) for n in names], return_inverse=True, return_counts=True)
+    if counts.max() > 1:
+        what = f"{path} has {files[counts.argmax()]} under the image ids {ids[which == counts.argmax()].tolist()}"
+        report(f"{what} ({(counts > 1).sum()} such): objects of one would be background in the others; join them")
+    return np.array(names), note
+
+
+def check_objects(objects, sizes, masks, path, report):
+    """What is sound of a json's J objects: ({"boxes", "crowd", "area"} as in Annotations, codes as of `encode_mask`,
+    sound (J,) bool, faults in words). sizes (J, 2): (width, height) of each one's image."""
     boxes = np.array([numbers(o.get("bbox"), 4) for o in objects], dtype=np.float64).reshape(-1, 4)
     low, sides = boxes[:, :2], boxes[:, 2:]
     seen = (np.minimum(low + sides, sizes) - np.maximum(low, 0)).clip(0)  # (J, 2): of each box, in its image
-    codes = [encode_mask(o.get("segmentation"), h, w) if masks else b"" for o, (w, h) in zip(objects, sizes.tolist())]
+    outside = seen.prod(axis=1) < sides.prod(axis=1) / 2
+    in_unit = ((low + sides).max(axis=1, initial=0) <= UNIT) & (sizes.min(axis=1) >= LARGE)
+    crowd = np.array([whole(o.get("iscrowd") or 0) for o in objects], dtype=object)  # the text "0" would be true
+    area, own = np.array([numbers([o.get("area")], 1) for o in objects], dtype=np.float64).ravel(), sides.prod(axis=1)
+    codes, inside = [b""] * len(objects), np.ones(len(objects))
+    for j in np.flatnonzero((sides > 0).all(axis=1)) if masks else ():
+        codes[j] = encode_mask(objects[j].get("segmentation"), *sizes[j, ::-1].tolist())
+        if codes[j] is not None:
+            own[j], inside[j] = mask_in_box(codes[j], boxes[j], *sizes[j].tolist())
     rules = {  # (key, in words): (J,) bool; an object is counted under the first that it breaks
         ("bbox", "not four numbers"): np.isnan(boxes).any(axis=1),
         ("bbox", "without positive sides"): (sides <= 0).any(axis=1),
-        ("bbox", "outside of its image by more than half"): seen.prod(axis=1) < sides.prod(axis=1) / 2,
-        ("segmentation", "neither polygons nor run lengths of its image"): np.array([c is None for c in codes], bool),
+        ("bbox", "in 0..1: it looks normalized, multiply it by the image's size"): in_unit,
+        ("bbox", "outside of its image by more than half, or two corners in place of [x, y, width, height]"): outside,
+        ("iscrowd", "neither 0 nor 1"): (crowd != 0) & (crowd != 1),
+        ("segmentation", "neither polygons in pixels nor run lengths of its image"): [c is None for c in codes],
+        ("segmentation", "without a pixel in its bbox"): inside == 0,
     }
     sound, words = np.ones(len(objects), dtype=bool), []
     for (key, rule), breaks in rules.items():
-        broken = np.flatnonzero(breaks & sound)
+        broken = np.flatnonzero(np.asarray(breaks, dtype=bool) & sound)
         sound[broken] = False
         if len(broken):
             o = objects[broken[0]]
             words.append(f"{len(broken)} whose {key} is {rule}, as annotation id {o.get('id')!r}: {o.get(key)!r:.60}")
     if (~sound).sum() > max(MAX_BROKEN[0], MAX_BROKEN[1] * len(objects)):
         what = f"of {len(objects)} objects {(~sound).sum()} are broken: {', '.join(words)}"
-        form = "a bbox must be [x, y, width, height] in pixels (not two corners), inside its image"
-        raise UserError(f"{path}: {what}; {form}; correct them{', or use --head retinanet' if masks else ''}")
-    return boxes, codes, sound, ", ".join(words)
+        report(f"{path}: {what}; correct them{', or use --head retinanet' if masks else ''}")
+    area = np.where(area > 0, area, own)  # of NaN or 0 COCO's metrics would make small objects, or none
+    return {"boxes": boxes, "crowd": crowd == 1, "area": area}, codes, sound, ", ".join(words)
 
 
-def pack(path, folder, masks):
+def mask_in_box(code, box, width, height):
+    """The pixels of a mask, and how many of them are among those that the box (4,) xywh touches."""
+    (left, top), (right, bottom) = np.floor(box[:2]).clip(0), np.ceil(box[:2] + box[2:]).clip(None, [width, height])
+    mask, corners = {"size": [height, width], "counts": code}, [left, top, right, top, right, bottom, left, bottom]
+    inside = coco_mask.merge([mask, *coco_mask.frPyObjects([corners], height, width)], intersect=True)
+    return coco_mask.area(mask), coco_mask.area(inside)
+
+
+def pack(path, folder, masks, report=refuse):
     """The Annotations in a json, without its broken objects. Raises UserError where it isn't COCO's."""
-    content, columns = read_columns(path)
-    objects = content["annotations"]
-    image_order, category_order = np.argsort(columns["images", "id"]), np.argsort(columns["categories", "id"])
-    ids, heights, widths = (columns["images", key][image_order] for key in ("id", "height", "width"))
-    files = np.array([str(content["images"][k].get("file_name")) for k in image_order])
-    category_ids = columns["categories", "id"][category_order]
-    names = [content["categories"][k].get("name", content["categories"][k]["id"]) for k in category_order]
+    (images, categories, objects), columns = read_columns(path, report)
+    ids, category_ids = columns["images", "id"], columns["categories", "id"]
+    files, renamed = find_files(folder, [str(row.get("file_name")) for row in images], ids, path, report)
+    sizes = np.array([[whole(row.get(key)) or 0 for key in ("width", "height")] for row in images], dtype=np.int64)
+    unknown = np.flatnonzero((sizes < 1).any(axis=1))  # measured; a file that can't be read is found when it is
+    for i in unknown:
+        with contextlib.suppress(OSError), Image.open(os.path.join(folder, files[i])) as image:
+            sizes[i] = image.size
     owner = np.searchsorted(ids, columns["annotations", "image_id"])  # (J,): the index of its image
-    boxes, codes, sound, broken = check_objects(objects, np.stack((widths, heights), axis=1)[owner], masks, path)
-    kept = np.flatnonzero(sound)
-    kept = kept[np.argsort(owner[kept], kind="stable")]  # (M,): the sound ones, image by image
-    bounds = np.searchsorted(owner[kept], np.arange(len(ids) + 1))
-    area = np.array([numbers([objects[j].get("area")], 1)[0] for j in kept], dtype=np.float64)
-    codes = [codes[j] for j in kept]
+    fields, codes, sound, broken = check_objects(objects, sizes[owner].clip(1), masks, path, report)
+    kept = np.flatnonzero(sound)[np.argsort(owner[sound], kind="stable")]  # (M,): the sound ones, image by image
+    bounds, codes = np.searchsorted(owner[kept], np.arange(len(ids) + 1)), [codes[j] for j in kept]
+    fields["labels"] = np.searchsorted(category_ids, columns["annotations", "category_id"])
+    names = [str(row.get("name", row["id"])) for row in categories]
+    unused = [names[k] for k in np.setdiff1d(np.arange(len(names)), fields["labels"]) if objects]
+    notes = renamed + [f"several classes have the name {name!r}" for name in set(names) if names.count(name) > 1]
+    notes += [f"classes without an object: {len(unused)}, as {unused[:5]}"] * (len(unused) > 0)
+    notes += [f"{len(unknown)} images without height and width were measured"] * (len(unknown) > 0)
+    notes += [f"dropped as broken: {broken}"] * (broken > "")
     return Annotations(
         str(folder),
-        list(zip(category_ids.tolist(), map(str, names))),
-        *(ids, files, heights, widths, np.stack((bounds[:-1], bounds[1:]), axis=1)),
-        boxes=boxes[kept],
-        labels=np.searchsorted(category_ids, columns["annotations", "category_id"])[kept],
-        crowd=np.array([bool(objects[j].get("iscrowd")) for j in kept], dtype=bool),
-        area=np.where(np.isnan(area), boxes[kept, 2:].prod(axis=1), area),  # where none is given, the box's
+        list(zip(category_ids.tolist(), names)),
+        *(ids, files, *sizes.T[::-1], np.stack((bounds[:-1], bounds[1:]), axis=1)),
         codes=np.frombuffer(b"".join(codes), dtype=np.uint8) if masks else None,
         starts=np.cumsum([0, *map(len, codes)]) if masks else None,
-        broken=broken,
+        notes="".join(f"\n  {note}" for note in notes),
+        **{name: values[kept] for name, values in fields.items()},
     )
 
 
@@ -260,6 +317,7 @@ def encode_mask(segmentation, height, width):
     if isinstance(segmentation, list):
         polygons = [p for p in segmentation if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
         polygons = [p for p in polygons if numbers(p, len(p), 2 * max(height, width)) is p]  # not far outside
+        polygons = [p for p in polygons if max(map(abs, p)) > UNIT or min(height, width) < LARGE]
         return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))["counts"] if polygons else None
     code, pixels = segmentation if isinstance(segmentation, dict) else {}, height * width
     counts = code.get("counts") if code.get("size") == [height, width] and pixels < 2**29 else None  # PIL opens no more
@@ -351,9 +409,14 @@ def draw_view(rng, height, width, size, jitter, flip=True):
 
 
 def read_image(path, what):
-    """A decoded PIL image in RGB; EXIF's rotation is ignored, as COCO's boxes do. Raises UserError, naming `what`."""
+    """A decoded PIL image in RGB; EXIF's rotation is ignored, as COCO's boxes do. Of 16 bits the upper 8 are taken;
+    numbers of 32 bits have no range that is known, and are refused. Raises UserError, naming `what`."""
     try:
         image = Image.open(path)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has more than {MAX_PIXELS:,} pixels; scale it down, and its boxes")
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # in which I has 16 bits
+            raise ValueError(f"the numbers of its mode {image.mode} have no known range; save it as 8-bit PNG or JPEG")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
         image.load()

@@ -365,6 +365,11 @@ class UserError(Exception):
     """A mistake in the arguments or a fault in the data: one sentence that says what, where and what to do."""
 
 
+def refuse(fault):
+    """What becomes of a fault in the data, unless someone collects them."""
+    raise UserError(fault)
+
+
 CHECKPOINT = {"model", "optimizer", "scaler", "step", "evaluated", "best", "skipped", "recipe", "categories"}
 
 

@@ -208,9 +208,7 @@ def test_a_damaged_file_is_read_again(shapes, tmp_path, always_kept):
         lambda: torch.save({"boxes": torch.zeros(3)}, kept),
         lambda: torch.save([1, 2], kept),
         lambda: other_form(another=1),
-        lambda: other_form(
-            stamp=[data.KEPT_VERSION - 1, *torch.load(kept, weights_only=True)["stamp"][1:]], broken="x"
-        ),
+        lambda: other_form(stamp=[data.KEPT_VERSION - 1, *torch.load(kept, weights_only=True)["stamp"][1:]], notes="x"),
         kept.unlink,
         lambda: (kept.unlink(), kept.mkdir()),
     ):

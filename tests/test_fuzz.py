@@ -121,7 +121,7 @@ def use(root, masks):
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 3000
         return False
-    assert "\n" not in annotations.summary()
+    assert len(annotations.summary().splitlines()) <= 5
     for n in range(len(annotations.ids)):
         try:
             sample = TrainSet(annotations, 128, (0.5, 2.0))[n]

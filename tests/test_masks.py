@@ -221,9 +221,8 @@ def test_one_bad_polygon_of_two(tmp_path):
 
     root = write_coco(tmp_path, [[[0, 0, 40, 40], [0, 0, 40, 40]]], size=(64, 64), change=change)
     a = load_annotations(root, masks=True)
-    assert len(a.boxes) == 1 and a.broken.startswith(
-        "1 whose segmentation is neither polygons nor run lengths of its image, as annotation id 1: "
-    )
+    rule = "1 whose segmentation is neither polygons in pixels nor run lengths of its image, as annotation id 1: "
+    assert len(a.boxes) == 1 and rule in a.notes
     sample = TrainSet(a, 128, (1, 1), flip=False)[0]
     expected = torch.zeros(112, 112, dtype=torch.uint8)
     expected[:56, :56] = 1
@@ -454,7 +453,7 @@ def test_a_data_set_without_masks_is_refused(coco_sample, tmp_path):
     (tmp_path / TRAIN).symlink_to(coco_sample / TRAIN)
     assert len(load_annotations(tmp_path).boxes) == len(content["annotations"])
     with pytest.raises(
-        UserError, match="whose segmentation is neither polygons nor run lengths.* or use --head retinanet"
+        UserError, match="whose segmentation is neither polygons in pixels nor.* or use --head retinanet"
     ):
         load_annotations(tmp_path, masks=True)
 
@@ -500,9 +499,9 @@ def test_unsound_masks_are_dropped_where_masks_are_needed(case, coco_sample, tmp
     (tmp_path / "annotations" / f"instances_{TRAIN}.json").write_text(json.dumps(content))
     (tmp_path / TRAIN).symlink_to(coco_sample / TRAIN)
     bare = load_annotations(tmp_path)
-    assert bare.broken == "" and len(bare.boxes) == len(content["annotations"])
-    a, rule = load_annotations(tmp_path, masks=True), "neither polygons nor run lengths of its image"
-    assert a.broken == f"1 whose segmentation is {rule}, as annotation id {bad['id']}: {bad['segmentation']}"
+    assert "broken" not in bare.notes and len(bare.boxes) == len(content["annotations"])
+    a, rule = load_annotations(tmp_path, masks=True), "neither polygons in pixels nor run lengths of its image"
+    assert f"broken: 1 whose segmentation is {rule}, as annotation id {bad['id']}: {bad['segmentation']}" in a.notes
     assert len(a.starts) - 1 == len(a.boxes) == len(content["annotations"]) - 1
 
 
