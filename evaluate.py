@@ -15,6 +15,7 @@ import datetime
 import io
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,9 @@ from tqdm import tqdm
 from data import VAL, EvalSet, crop_mask, full_view, load_annotations, make_loader, read_checked, read_image
 from model import HEADS, UserError, load_checkpoint, load_model
 
+with contextlib.suppress(ImportError):  # Windows has none
+    import fcntl
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation; the lowest score in pictures
 
@@ -41,9 +45,8 @@ GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evalu
 def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categories=None, out=None, per_class=False):
     """COCO's metrics of a model on one split, by all ranks together: {"AP": ..., ...}, the same on every rank.
 
-    Rank 0 prints COCO's twelve lines, for boxes and, if the annotations have masks, for masks ("mask_AP", ...), and,
-    given `out`, writes results.json there. `categories` are the model's, by default the data set's; `place` is a Place,
-    which the last part of this file has. Every image is seen once, whatever the number of ranks.
+    Rank 0 writes results.json to `out`, if given, and prints COCO's twelve lines, for boxes and, if the annotations
+    have masks, for masks ("mask_AP", ...). `categories` are the model's, by default the data set's.
     """
     began, was_training = time.perf_counter(), model.training
     model.eval()
@@ -68,10 +71,10 @@ def evaluate(model, annotations, size, place, micro_batch=8, workers=0, categori
         rows = {i: own for part in gathered for i, own in part.items()}  # of all ranks
         if not sum(map(len, gathered)) == len(rows) == len(annotations.ids):
             raise RuntimeError("an image of the data set was evaluated twice or never")
-        print(f"evaluated {len(rows)}/{len(annotations.ids)} images in {time.perf_counter() - began:.1f} s")
         results = [row for i in sorted(rows) for row in rows[i]]
         if out is not None:
             Path(out, "results.json").write_text(json.dumps(results))
+        print(f"evaluated {len(rows)}/{len(annotations.ids)} images in {time.perf_counter() - began:.1f} s")
         metrics = [coco_metrics(annotations, results, per_class)]
     if place.world > 1:
         dist.broadcast_object_list(metrics, device=place.device)
@@ -122,12 +125,10 @@ def paste_mask(mask, box, height, width):
 
 
 def coco_metrics(annotations, results, per_class=False):
-    """Print COCO's twelve lines for result dicts on a split; {"AP": ..., ..., "ARl": ...}.
-
-    If the annotations have masks, twelve more for them, called "mask_AP" and so on.
-    """
+    """Print COCO's twelve lines for result dicts on a split; {"AP": ..., ..., "ARl": ...}. If the annotations have
+    masks, twelve more for them, called "mask_AP" and so on."""
     if not annotations.positives().any():
-        print("warning: the split has no objects to find, so AP is -1")
+        print("warning: there is no truth to score, as the split has no object but crowds, or none: AP is -1")
     elif not results:
         print("warning: there is not one detection above the score threshold, so AP is 0")
     metrics, truth = {}, ground_truth(annotations)
@@ -168,9 +169,8 @@ def coco_index(annotations, objects):
     """A pycocotools COCO of a split with the given objects, whose ids count from 1: to COCOeval 0 means unmatched."""
     index, a = COCO(), annotations
     images = [dict(id=i, height=h, width=w) for i, h, w in zip(a.ids.tolist(), a.heights.tolist(), a.widths.tolist())]
-    categories = [{"id": k, "name": name} for k, name in a.categories]
-    numbered = [o | {"id": k} for k, o in enumerate(objects, 1)]
-    index.dataset = {"images": images, "categories": categories, "annotations": numbered}
+    index.dataset = {"images": images, "categories": [{"id": k, "name": name} for k, name in a.categories]}
+    index.dataset["annotations"] = [o | {"id": k} for k, o in enumerate(objects, 1)]
     index.createIndex()
     return index
 
@@ -179,10 +179,8 @@ PALETTE = ((230, 60, 60), (60, 160, 240), (60, 200, 90), (240, 190, 40), (190, 9
 
 
 def draw_objects(image, boxes, labels, names, scores=None, masks=None):
-    """uint8 (3, H, W) with boxes (n, 4) xyxy drawn in their class's colour and named, with scores and masks if given.
-
-    masks (n, m, m): numbers in 0..1 inside each box.
-    """
+    """uint8 (3, H, W) with boxes (n, 4) xyxy drawn in their class's colour and named, with scores and masks if given:
+    (n, m, m), numbers in 0..1 inside each box."""
     if not len(boxes):
         return image
     scores = [""] * len(labels) if scores is None else [f" {score:.2f}" for score in scores.tolist()]
@@ -226,9 +224,8 @@ def write_grid(model, annotations, size, place, path):
 
 def predict(model, source, out, categories, size, place, score):
     """Detect on the image `source`, or on every image in that folder; write pictures and predictions.json to out."""
-    files = [source]
+    kinds, files = Image.registered_extensions(), [source]
     if source.is_dir():
-        kinds = Image.registered_extensions()
         files = sorted(p for p in source.iterdir() if kinds.get(p.suffix.lower()) in Image.OPEN)
     if not files or not files[0].is_file():
         raise UserError(f"--images {source}: no image there")
@@ -251,6 +248,7 @@ def main(argv=None):
     add("--weights", type=Path, required=True, help="a checkpoint of train.py")
     add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
     add("--split", default=VAL, help=f"default {VAL}")
+    add("--val", nargs=2, metavar=("JSON", "IMAGES"), help="any json and its images, instead of --data and --split")
     add("--limit", type=int, metavar="N", help="only the first N images")
     add("--per-class", action="store_true", help="print AP by class, too")
     add("--images", type=Path, help="an image or a folder of images to predict on, instead of --data")
@@ -272,7 +270,7 @@ def main(argv=None):
         predict(detector, args.images, make_folder(out), categories, recipe["size"], place, args.score)
     else:
         with one_process_first(place):
-            split = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks)
+            split = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks, args.val)
         lacking = {tuple(c) for c in split.categories} - {tuple(c) for c in categories}
         if lacking:
             what = f"{args.weights} was trained on other classes; it lacks {len(lacking)}, as {sorted(lacking)[:5]}"
@@ -295,6 +293,7 @@ class Place(NamedTuple):
     rank: int = 0
     world: int = 1
     amp: torch.dtype | None = None
+    local: int = 0  # its rank among the processes of its machine
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None)
@@ -305,27 +304,40 @@ class Place(NamedTuple):
         return value.to(self.device, memory_format=layout, non_blocking=True)
 
 
+def launched():
+    """(rank, processes, rank on this machine) as torchrun says, (0, 1, 0) without it. Half of that is a UserError."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: os.environ.get(name, "").strip() for name in names}
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    if tasks != "1" and not given["RANK"]:
+        raise UserError(f"SLURM has {tasks} tasks, each a run of its own; let srun start one torchrun per machine")
+    if given["RANK"] in ("", "0") and given["WORLD_SIZE"] in ("", "1"):
+        return 0, 1, 0
+    wrong = [f"{k} is {v!r}" for k, v in given.items() if not (v.isdecimal() or (v and k == "MASTER_ADDR"))]
+    if wrong:
+        raise UserError(f"the launcher's {', '.join(wrong)}; start with torchrun, or unset {', '.join(names)}")
+    return tuple(int(given[name]) for name in names[:3])
+
+
 def start(device_name=None, amp="auto"):
     """Check that the device can be used, join torchrun's process group if there is one, and say where this runs.
-
-    amp "auto" is bf16 from compute capability 8 on, fp16 below, off without CUDA. Raises UserError.
-    """
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    amp "auto" is bf16 from compute capability 8 on, fp16 below, off without CUDA. Raises UserError."""
+    rank, world, local = launched()
     name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
     cuda = name == "cuda"
     if name == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine or this torch build has no MPS; use --device cpu")
     if cuda:
         if local >= torch.cuda.device_count():
-            found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
-            raise UserError(f"--device cuda: {found} for process {local}; check nvidia-smi, or use --device cpu")
+            found = f"--device cuda: torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices"
+            raise UserError(f"{found} for process {local}; check nvidia-smi, or use --device cpu")
         torch.cuda.set_device(local)
         name = f"cuda:{local}"
     if amp == "auto":  # torch.cuda.is_bf16_supported() says yes on a V100, too, by emulation: hence the capability
         amp = ("bf16" if torch.cuda.get_device_capability(local)[0] >= 8 else "fp16") if cuda else "off"
     if amp == "fp16" and not cuda:
         raise UserError("--amp fp16 needs a CUDA device; use bf16 or off")
-    place = Place(torch.device(name), rank, world, AMP[amp])
+    place = Place(torch.device(name), rank, world, AMP[amp], local)
     if cuda:
         try_device(place)
     if world > 1 and not dist.is_initialized():
@@ -352,8 +364,7 @@ def try_device(place):
 def finish(place):
     """Leave the process group, all ranks together."""
     if place.world > 1:
-        # In torch 2.10 destroying the group while a gloo thread still ends an all-reduce can lock both for ever.
-        dist.barrier()
+        dist.barrier()  # in torch 2.10 to destroy the group while a gloo thread ends an all-reduce can lock both
         dist.destroy_process_group()
 
 
@@ -370,13 +381,12 @@ def resolve_root(data):
 @contextlib.contextmanager
 def one_process_first(place):
     """One process of each machine goes through the block, writing what it writes, before the others do."""
-    first = int(os.environ.get("LOCAL_RANK", place.rank)) == 0
-    if place.world > 1 and not first:
+    if place.world > 1 and place.local > 0:
         dist.barrier()
     try:
         yield
     finally:  # where it fails, too: the others then come to the same fault, instead of waiting
-        if place.world > 1 and first:
+        if place.world > 1 and place.local == 0:
             dist.barrier()
 
 
@@ -389,23 +399,42 @@ def make_folder(path):
     return Path(path)
 
 
+def hold(folder):
+    """The lock of an output folder, which is this process's until it drops it or ends, however. Raises UserError."""
+    lock = open(Path(folder, ".lock"), "w")
+    with contextlib.suppress(NameError, OSError):  # some file systems have no locks
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by another process; give another --out, or end that one") from None
+    return lock
+
+
 @contextlib.contextmanager
 def one_sentence():
-    """A script runs inside: what is no fault of the code, as a full disk, is one sentence and exit code 2."""
+    """A script runs inside: what is no fault of the code is one sentence and exit code 2; after Ctrl-C 130."""
+    for stream in (sys.stdout, sys.stderr):  # a class may have letters that the terminal has not
+        hasattr(stream, "reconfigure") and stream.reconfigure(errors="backslashreplace")
     try:
         yield
         return
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except UserError as error:
         sentence = str(error).rpartition("UserError: ")[2].strip()  # a DataLoader worker puts its traceback before it
     except OSError as error:
-        sentence = f"{error.filename or 'a system call'} failed: {error.strerror or error}"
+        sentence = f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}"
     except torch.OutOfMemoryError as error:
         sentence = f"{str(error).splitlines()[0]} Free the device, or use a smaller --micro-batch"
+    except dist.DistError as error:
+        sentence = f"the processes don't find each other: {str(error).splitlines()[0]}"
     except RuntimeError as error:  # a dead worker's is raised by a signal, wherever the main process then is
-        if "DataLoader worker (pid" not in str(error):
+        if not (line := re.search(r".*(DataLoader worker \(pid|shared memory|file </torch_).*", str(error))):
             raise
-        sentence = f"{str(error).splitlines()[0]} Most often memory ran out, RAM or /dev/shm: use fewer --workers"
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+        cure = "use fewer --workers; /dev/shm, in docker: docker run --shm-size 8g, or --workers 0"
+        sentence = f"{line[0].strip()} Most often memory ran out. RAM: {cure}"
+    if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
         time.sleep(5)  # where the first process says the same, torchrun ends this one before, if not in training
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)

