@@ -1,0 +1,175 @@
+"""Does a whole training step equal the authors'? tests/official_step.npz has two optimizer steps of their RetinaNet,
+run by their own code: labels, losses, decay, clipping, momentum, batch norm."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from import_official import convert, variables
+from torch import nn
+
+import train
+from blocks import BN_EPSILON
+from evaluate import Place
+from model import Arch, build_model
+
+CPU = Place(torch.device("cpu"))
+ARCH = Arch(0.0625, 0.5, 1, 8, 8, 2, 1)
+OUTPUTS = 91  # of which 0 is never any anchor's label
+THEIR_EPSILON, THEIR_MOMENTUM = 1e-4, 0.003
+
+
+@pytest.fixture(scope="module")
+def official():
+    with np.load(Path(__file__).parent / "official_step.npz") as file:
+        return dict(file)
+
+
+def unpacked(official, stage):
+    """{the authors' name: value} of one of the file's raveled rows."""
+    values, at = {}, 0
+    for name, shape, trainable in zip(official["names"].astype(str), official["shapes"], official["trainable"]):
+        if trainable or not stage.startswith("momentum"):
+            shape = shape[shape > 0]
+            values[name] = torch.from_numpy(official[stage][at : at + shape.prod()].reshape(shape))
+            at += shape.prod()
+    assert at == len(official[stage])
+    return values
+
+
+def ours(official, stage):
+    """The same under our names, in our layout."""
+    theirs = unpacked(official, stage)
+    table = variables("retinanet", ARCH)
+    assert len(table) == len(official["names"])
+    return {own: convert(theirs[name], own, BN_EPSILON) for own, (name, _) in table.items() if name in theirs}
+
+
+def batch_of(official, k):
+    """The k-th batch as TrainSet would give it."""
+    boxes, labels = torch.from_numpy(official[f"boxes{k}"]), torch.from_numpy(official[f"classes{k}"]).long()
+    return {
+        "image": torch.from_numpy(official[f"pixels{k}"]).permute(0, 3, 1, 2),
+        "boxes": boxes[..., [1, 0, 3, 2]].float().clamp(min=0),
+        "labels": labels,
+        "region": torch.full((len(labels), 2), 128.0),
+    }
+
+
+def two_steps(official):
+    """Train for two steps from the authors' weights: the model, the optimizer, what each step says, and how many values
+    each batch norm saw of a channel."""
+    model = build_model(ARCH, "retinanet", OUTPUTS).train()
+    state = model.state_dict()
+    assert {name for name in state if not name.endswith("num_batches_tracked")} == set(ours(official, "before"))
+    model.load_state_dict(state | ours(official, "before"))
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps, module.momentum = THEIR_EPSILON, THEIR_MOMENTUM
+            module.register_forward_hook(
+                lambda module, inputs, _, name=name: seen.__setitem__(name, inputs[0].numel() // inputs[0].shape[1])
+            )
+    optimizer, scaler, said = train.make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False), []
+    for k in (1, 2):
+        lr = float(official[f"lr{k}"])
+        said.append(
+            train.train_step(model, [batch_of(official, k)], {"seed": 0, "clip": 10.0}, optimizer, scaler, lr, CPU, k)
+        )
+        said[-1] += ({name: optimizer.state[p]["momentum_buffer"].clone() for name, p in model.named_parameters()},)
+        said[-1] += ({name: value.clone() for name, value in model.state_dict().items()},)
+    return said, seen
+
+
+def decay_inside(monkeypatch):
+    """Clip with the gradient of weight decay inside, as the authors do."""
+    clip = nn.utils.clip_grad_norm_
+
+    def theirs(parameters, limit):
+        parameters = list(parameters)
+        decayed = [p for p in parameters if p.ndim > 1]
+        for p in decayed:
+            p.grad.add_(p.detach(), alpha=train.WEIGHT_DECAY)
+        norm = clip(parameters, limit)
+        for p in decayed:  # which the optimizer adds
+            p.grad.sub_(p.detach(), alpha=train.WEIGHT_DECAY)
+        return norm
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", theirs)
+
+
+def relative(found, wanted):
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def by_kind(found, wanted):
+    """{kind of parameter: relative error} of dicts under our names; biases before a batch norm, whose gradient is all
+    rounding, are left out."""
+    kinds = {}
+    for name, value in wanted.items():
+        kind = {1: "batch norms and biases", 2: "kernels"}[min(value.ndim, 2)]
+        if not (".convs." in name and name.endswith("bias")):
+            kinds.setdefault(kind, []).append((found[name].flatten(), value.flatten()))
+    return {kind: relative(*(torch.cat(part) for part in zip(*pairs))) for kind, pairs in kinds.items()}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["as it is", "decay inside the clipping"])
+def test_two_steps_equal_the_authors(inside, official, monkeypatch):
+    """Oracle: the authors' training graph. Losses, gradient norm, momenta, weights and moving means of two steps agree.
+    The norm that is clipped by is theirs without weight decay's part, and with it once that is put inside; moving
+    variances are theirs but for the factor n / (n - 1) of torch's."""
+    if inside:
+        decay_inside(monkeypatch)
+    said, seen = two_steps(official)
+    before = previous = ours(official, "before")
+    for k, (losses, norm, momenta, state) in enumerate(said, 1):
+        assert losses["class"].item() == pytest.approx(float(official[f"class_loss{k}"]), rel=1e-5)
+        assert losses["box"].item() / 50 == pytest.approx(float(official[f"box_loss{k}"]), rel=1e-5)
+        name = f"gradient_norm{k}" if inside else f"gradient_norm_without_decay{k}"
+        assert norm.item() == pytest.approx(float(official[name]), rel=1e-5)
+
+        slots = by_kind(momenta, ours(official, f"momentum_after{k}"))
+        assert max(slots.values()) < 5e-4, slots
+        after = ours(official, f"after{k}")
+        weights = {name: value for name, value in after.items() if "running" not in name}
+        differ = by_kind(state, weights)
+        assert max(differ.values()) < 1e-5, differ
+        for name, theirs in after.items():
+            if name.endswith("running_mean"):
+                assert (state[name] - theirs).abs().max() < 1e-5 * max(theirs.abs().max().item(), 1), name
+            elif name.endswith("running_var"):
+                n = seen[name.removesuffix(".running_var")]
+                update = theirs - (1 - THEIR_MOMENTUM) * before[name]
+                found = state[name] - (1 - THEIR_MOMENTUM) * previous[name]
+                assert relative(found, update * n / (n - 1)) < 1e-3, name
+                assert n > 100 or relative(found, update) > 0.5 / n, name
+        before, previous = after, state
+    assert min(float(official["gradient_norm1"]), float(official["gradient_norm2"])) > 10  # the clipping acts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr("loss.HUBER_DELTA", 0.11),
+        lambda patch: patch.setattr("train.MOMENTUM", 0.91),
+        lambda patch: patch.setattr("train.WEIGHT_DECAY", 8e-4),
+        lambda patch: patch.setattr("loss.BOX_WEIGHT", 51.0),
+        lambda patch: patch.setattr("test_official_step.THEIR_EPSILON", 2e-4),
+        lambda patch: patch.setattr("blocks.max_pool_same", lambda x, k, s: nn.functional.max_pool2d(x, k, s, k // 2)),
+    ],
+    ids=["delta", "momentum", "decay", "box weight", "epsilon", "pooling"],
+)
+def test_a_wrong_step_differs(change, official, monkeypatch):
+    """Oracle: the authors' training graph. Each of these faults is seen by the comparison above."""
+    change(monkeypatch)
+    said, _ = two_steps(official)
+    wrong = []
+    for k, (losses, norm, momenta, state) in enumerate(said, 1):
+        wrong.append(abs(losses["class"].item() / float(official[f"class_loss{k}"]) - 1) / 1e-5)
+        wrong.append(abs(losses["box"].item() / 50 / float(official[f"box_loss{k}"]) - 1) / 1e-5)
+        wrong.append(abs(norm.item() / float(official[f"gradient_norm_without_decay{k}"]) - 1) / 1e-5)
+        wrong += [error / 5e-4 for error in by_kind(momenta, ours(official, f"momentum_after{k}")).values()]
+        weights = {n: v for n, v in ours(official, f"after{k}").items() if "running" not in n}
+        wrong += [error / 1e-5 for error in by_kind(state, weights).values()]
+    assert max(wrong) > 3, wrong
