@@ -4,6 +4,7 @@ Dimensions: B images, C channels, H x W pixels, A anchors, N boxes or RoIs, K cl
 Boxes are (x1, y1, x2, y2) in pixels of the network's input, sides x2 - x1 and y2 - y1.
 """
 
+import contextlib
 import functools
 import math
 
@@ -96,6 +97,12 @@ def init_(layer, initializer, **options):
     return layer
 
 
+def predict(layer, x):
+    """A last layer's outputs: in evaluation float32, also under autocast. Rounded to bfloat16 they cost 0.2 AP."""
+    with contextlib.nullcontext() if layer.training or x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return layer(x if layer.training else x.float())
+
+
 class Tower(nn.Module):
     """`convs` 3x3 convolutions shared between levels, each followed by a batch norm of that level's own, and act.
 
@@ -139,8 +146,8 @@ class RetinaNetHead(nn.Module):
     def forward(self, features):
         logits, codes = [], []
         for level, x in enumerate(features):
-            logits.append(per_anchor(self.class_predict(self.class_tower(x, level)), self.num_classes))
-            codes.append(per_anchor(self.box_predict(self.box_tower(x, level)), 4))
+            logits.append(per_anchor(predict(self.class_predict, self.class_tower(x, level)), self.num_classes))
+            codes.append(per_anchor(predict(self.box_predict, self.box_tower(x, level)), 4))
         return torch.cat(logits, dim=1), torch.cat(codes, dim=1)
 
 
@@ -162,8 +169,8 @@ class RPNHead(nn.Module):
         logits, codes = [], []
         for level, x in enumerate(features):
             x = self.tower(x, level)
-            logits.append(per_anchor(self.class_predict(x), 1).squeeze(-1))
-            codes.append(per_anchor(self.box_predict(x), 4))
+            logits.append(per_anchor(predict(self.class_predict, x), 1).squeeze(-1))
+            codes.append(per_anchor(predict(self.box_predict, x), 4))
         return logits, codes
 
 
@@ -203,7 +210,7 @@ class BoxHead(nn.Module):
     def forward(self, x):
         x = self.fc(self.convs(x).flatten(1))[:, :, None, None]  # (N, fc, 1, 1): all batch norms are BatchNorm2d
         x = self.activation(self.bn(x)).flatten(1)
-        return self.class_predict(x), self.box_predict(x).unflatten(1, (-1, 4))
+        return predict(self.class_predict, x), predict(self.box_predict, x).unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Module):
@@ -220,7 +227,7 @@ class MaskHead(nn.Module):
         init_(self.mask_predict, nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x):
-        return self.mask_predict(self.up(self.convs(x)))
+        return predict(self.mask_predict, self.up(self.convs(x)))
 
 
 def per_anchor(x, values):

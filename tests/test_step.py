@@ -171,6 +171,33 @@ def test_the_usual_batches_fit(head, arch, size, images, capacity):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_the_last_layers_are_float32_in_evaluation(head, monkeypatch):
+    """Oracle: the same layers in float32 on what the rest computes in bfloat16. Under autocast the outputs of all
+    predictors are float32 in evaluation, and exactly those; in training they stay bfloat16."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(heads, "MAX_PROPOSALS", 4)  # RoIs of `every_layer`
+    monkeypatch.setattr(heads, "MAX_DETECTIONS", 2)
+    detector = build_model("tiny", head, 3).eval()
+    x = torch.rand(1, 3, 128, 128)
+    seen = {}
+    for name, module in detector.named_modules():
+        if name.endswith("_predict"):
+            module.register_forward_hook(lambda m, i, out, name=name: seen.setdefault(name, []).append((m, i[0], out)))
+    for training in (False, True):
+        detector.train(training)
+        fixed_statistics(detector)
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            detector.every_layer(x)
+        assert len(seen) == (2 if head == "retinanet" else 5)
+        for calls in [list(calls) for calls in seen.values()]:  # to compare calls the layers again
+            for module, inputs, found in calls:
+                assert found.dtype == (torch.bfloat16 if training else torch.float32)
+                if not training:
+                    assert torch.equal(inputs, inputs.bfloat16().float()) and torch.equal(module(inputs), found)
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_bfloat16_agrees_with_float32(head, monkeypatch):
     """Oracle: the same losses in float32, from the same proposals. Under autocast they agree within 1 %, are float32
     themselves, and every gradient is finite and float32.
