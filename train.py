@@ -64,7 +64,8 @@ SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
 # (tools/bench_step.py --memory). Swish keeps its inputs, DropBlock its masks: divided by SWISH, either fits.
 FITS = {"tiny": (59, 47), "49S": (33, 23), "49": (23, 14), "96": (16, 11), "143": (12, 9), "190": (6, 4)}
 SWISH = 1.46
-SAVE_SECONDS, PRINT_STEPS, MAX_WAITING = 15 * 60, 50, 0.2  # the last: share of the time, above which a warning comes
+SAVE_SECONDS, PRINT_STEPS, MAX_SKIPPED = 15 * 60, 50, 50  # the last: float16's overflows in a row that end a run
+MAX_WAITING = 0.2  # share of the time, above which a warning comes
 
 
 def schedule(epochs, steps_per_epoch, batch_size, lr):
@@ -140,8 +141,7 @@ def fit(parts, state, samples, val, place, out, workers):
 
     parts: {"model", "optimizer", "scaler"}; state: the rest of a checkpoint, {"step", "evaluated" (the step of the last
     evaluation), "best" (box AP), "skipped", "recipe", "categories"}. last.pt is written at every epoch, after every
-    evaluation, and at least every 15 minutes.
-    """
+    evaluation, and at least every 15 minutes."""
     recipe, model, optimizer, scaler = state["recipe"], parts["model"], parts["optimizer"], parts["scaler"]
     batch_size, per_epoch = recipe["batch_size"], math.ceil(len(samples.annotations.ids) / recipe["batch_size"])
     total, accumulate = recipe["epochs"] * per_epoch, batch_size // place.world // recipe["micro_batch"]
@@ -165,8 +165,7 @@ def fit(parts, state, samples, val, place, out, workers):
         waited = time.perf_counter() - began
         means, norm = train_step(model, batches, recipe, optimizer, scaler, lr, place, step)
         losses, norm, stop = read_step(means, norm, bool(asked), place)
-        refuse_divergence(state, losses, norm, lr, scaler, samples, place)
-        # Under float16 an infinite norm is no error: GradScaler has skipped the step, and halves the scale.
+        refuse_divergence(state, losses, norm, lr, scaler, recent, samples, place)
         state |= {"step": step + 1, "skipped": state["skipped"] + (not math.isfinite(norm))}
         row = {"step": step + 1, "epoch": (step + 1) / per_epoch, "lr": lr, "loss": sum(losses.values())} | losses
         row |= {"grad_norm": norm if math.isfinite(norm) else None, "skipped": state["skipped"]}
@@ -239,9 +238,11 @@ def catch_signals():
     return asked
 
 
-def refuse_divergence(state, losses, norm, lr, scaler, samples, place):
-    """End every rank at a step whose loss (or, without GradScaler, gradient) is not finite."""
-    if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or scaler.is_enabled()):
+def refuse_divergence(state, losses, norm, lr, scaler, recent, samples, place):
+    """End every rank at a loss or gradient that isn't finite; float16's gradients are skipped, up to 50 in a row."""
+    half, skips = scaler.is_enabled(), [row["grad_norm"] is None for row in recent[1 - MAX_SKIPPED :]]
+    stuck = all(skips) and len(skips) == MAX_SKIPPED - 1
+    if all(map(math.isfinite, losses.values())) and (math.isfinite(norm) or (half and not stuck)):
         return
     if place.rank > 0:  # rank 0 says why
         raise SystemExit(1)
@@ -249,8 +250,9 @@ def refuse_divergence(state, losses, norm, lr, scaler, samples, place):
     ids = [int(samples.annotations.ids[samples.image_of(n)[1]]) for n in range(first, first + batch_size)]
     terms = ", ".join(f"{name} loss {value:.4g}" for name, value in losses.items())
     what = f"at step {state['step'] + 1}: {terms}, gradient norm {norm:.4g}, learning rate {lr:.4g}, image ids {ids}"
-    cure = "try a lower --lr, or look for broken boxes with tools/look.py --data FOLDER --show 8"
-    raise SystemExit(f"error: training diverged {what}; {cure}; last.pt is from before")
+    why = f"{MAX_SKIPPED} steps in a row overflowed float16, the last" if half and stuck else "training diverged"
+    cure = f"try {'--amp off, ' * half}a lower --lr, or look for broken boxes with tools/look.py --data FOLDER --show 8"
+    raise SystemExit(f"error: {why} {what}; {cure}; last.pt is from before")
 
 
 def show_progress(bar, recent, batch_size, workers, place):
@@ -258,6 +260,7 @@ def show_progress(bar, recent, batch_size, workers, place):
     row, seconds = recent[-1], sum(r["seconds"] for r in recent)
     late = sum(r["waited"] for r in recent) / seconds  # share of the time that the steps waited for data
     text = f"loss {row['loss']:.3f}, lr {row['lr']:.3g}, {len(recent) * batch_size / seconds:.1f} images/s"
+    text += f", skipped {row['skipped']}" if row["skipped"] else ""
     bar.set_postfix_str(text, refresh=False)
     bar.update()
     if row["step"] % PRINT_STEPS == 0 and place.rank == 0:
@@ -285,8 +288,7 @@ def parse_args(argv=None):
     add("--lr", type=float, help="learning rate per 256 images of the global batch")
     add("--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"), help="scale jitter's range")
     add("--eval-every", type=int, help="epochs between evaluations")
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    share = min(os.cpu_count() // max(int(local) if local.isdecimal() else 1, 1), 8)
+    share = min(os.cpu_count() // max(int(n) if (n := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() else 1, 1), 8)
     add("--workers", type=int, default=share, help="data processes per device (default: its share of the cores, to 8)")
     add("--seed", type=int, default=0)
     add("--device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
@@ -431,9 +433,8 @@ def main(argv=None, arch=None):
         note += "; " + load_weights(parts["model"], checkpoint, categories, args.weights)
     say(note, flush=True)
     began, checkpoint = time.perf_counter(), None  # whose memory is needed no more
-    lock = hold(make_folder(out)) if place.rank == 0 else None
+    _lock = hold(make_folder(out)) if place.rank == 0 else None  # until the end
     finished = fit(parts, state, samples, val, place, out, args.workers)
-    del lock
     how = f"best AP {state['best']:.3f}" if finished else "stopped as asked; go on with --resume"
     say(f"step {state['step']} after {(time.perf_counter() - began) / 60:.1f} minutes: {how}; {out}")
     finish(place)

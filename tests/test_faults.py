@@ -1,6 +1,7 @@
 """Faults in the middle of a run: kills, full disks, dead workers, overflows, errors on one rank. Nothing is lost."""
 
 import functools
+import math
 import multiprocessing
 import os
 import re
@@ -158,19 +159,26 @@ def test_a_dead_worker(child, shapes, tmp_path):
     assert load_checkpoint(out / "last.pt")["step"] in (2, 4, 6)
 
 
+def overflowing(monkeypatch, made, scale, gradient):
+    """Put a GradScaler of that scale, and gradients changed by a function, into the next run."""
+    make_parts = train.make_parts
+
+    def parts_with_float16(recipe, categories, place):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        parts = make_parts(recipe, categories, place) | {"scaler": scaler}
+        made.extend((parts, [p.detach().clone() for p in parts["model"].parameters()]))
+        for p in parts["model"].parameters():
+            p.register_hook(gradient)
+        return parts
+
+    monkeypatch.setattr(train, "make_parts", parts_with_float16)
+
+
 def test_an_overflow_is_skipped_and_counted(shapes, tmp_path, monkeypatch):
     """Oracle: the weights before. With gradients that overflow as float16's, steps change no weight, are counted and
     logged, and halve the scale."""
-    made, make_parts = [], train.make_parts
-
-    def overflowing(recipe, categories, place):
-        parts = make_parts(recipe, categories, place) | {"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**40)}
-        made.extend((parts, [p.detach().clone() for p in parts["model"].parameters()]))
-        for p in parts["model"].parameters():
-            p.register_hook(lambda gradient: gradient.half().float())
-        return parts
-
-    monkeypatch.setattr(train, "make_parts", overflowing)
+    made = []
+    overflowing(monkeypatch, made, 2.0**40, lambda gradient: gradient.half().float())
     train.main([*SHORT, "--epochs", "1", "--data", str(shapes), "--out", str(tmp_path / "out")])
     parts, before = made
     assert parts["scaler"].get_scale() == 2.0**38
@@ -179,6 +187,51 @@ def test_an_overflow_is_skipped_and_counted(shapes, tmp_path, monkeypatch):
     assert [row["skipped"] for row in logged] == [1, 2] and all(row["grad_norm"] is None for row in logged)
     last = load_checkpoint(tmp_path / "out" / "last.pt")
     assert last["skipped"] == 2 and last["scaler"]["scale"] == 2.0**38
+
+
+def test_fifty_overflows_in_a_row_end_the_run(shapes, tmp_path, monkeypatch, capsys):
+    """Oracle: by hand. Of 50 steps that were skipped one after the other the run ends with what to try; the progress
+    shows how many were. One good step between them, and it goes on."""
+    monkeypatch.setattr(train, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(train, "PRINT_STEPS", 5)
+    flags = [*SHORT, "--limit", "4", "--batch-size", "2", "--epochs", "4", "--eval-every", "4", "--data", str(shapes)]
+    overflowing(monkeypatch, [], 2.0**16, lambda gradient: gradient * math.inf)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--out", str(tmp_path / "stuck")])
+    message = str(stop.value.code)
+    assert "5 steps in a row overflowed float16, the last at step 5:" in message
+    assert "try --amp off, a lower --lr" in message and load_checkpoint(tmp_path / "stuck" / "last.pt")["step"] == 4
+
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "MAX_SKIPPED", 5)
+    monkeypatch.setattr(train, "PRINT_STEPS", 5)
+    steps = []
+    weights = sum(1 for _ in train.build_model("tiny", num_classes=6).parameters())
+
+    def nearly_always(gradient):
+        steps.append(1)
+        return gradient * (1 if (len(steps) - 1) // weights in (3, 6) else math.inf)
+
+    overflowing(monkeypatch, [], 2.0**16, nearly_always)
+    train.main([*flags, "--out", str(tmp_path / "well")])
+    logged = [row for row in rows(tmp_path / "well") if "step" in row]
+    assert len(logged) == 8 and logged[-1]["skipped"] == 6 and "skipped 4" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_under_float16(shapes, tmp_path, monkeypatch):
+    """Oracle: by hand. The sentence names --amp off, since a resumed run would meet the same step again."""
+    overflowing(monkeypatch, [], 1.0, lambda gradient: gradient)
+    step = train.train_step
+
+    def diverging(*given):
+        means, norm = step(*given)
+        return {name: value * math.nan for name, value in means.items()}, norm
+
+    monkeypatch.setattr(train, "train_step", diverging)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*SHORT, "--data", str(shapes), "--out", str(tmp_path / "out")])
+    message = str(stop.value.code)
+    assert "training diverged at step 1" in message and "try --amp off, a lower --lr" in message
 
 
 @pytest.mark.parametrize(
