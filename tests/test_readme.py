@@ -78,6 +78,7 @@ def test_the_ablations(monkeypatch, tmp_path):
     """Oracle: model.count. The commands build what the table says, and call train.main with flags that it takes."""
     calls = [(["--arch", "tiny"], model.ARCHS["tiny"])]
     monkeypatch.setattr(train, "main", lambda *given: calls.append(given))
+    monkeypatch.setattr(sys, "argv", ["-c", "--seed", "3"])
     for code in re.findall(r'python -c "\n(.*?)"$', TEXT, re.MULTILINE | re.DOTALL):
         (tmp_path / "ablation.py").write_text(textwrap.dedent(code))
         runpy.run_path(tmp_path / "ablation.py")

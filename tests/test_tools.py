@@ -5,8 +5,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree
+from types import ModuleType
 
 import draw_network
 import make_shapes
@@ -21,8 +21,8 @@ from model import ARCHS, UserError
 
 TOOLS = Path(__file__).parents[1] / "tools"
 NAMES = [
-    *("bench_data", "bench_evaluate", "bench_step", "draw_network", "import_official"),
-    *("look", "make_assignment", "make_shapes", "to_tensorboard"),
+    *("bench_data", "bench_evaluate", "bench_step", "compare", "draw_network", "import_official"),
+    *("look", "make_assignment", "make_shapes", "plot_log", "to_tensorboard"),
 ]
 
 
@@ -184,6 +184,51 @@ def numbers(text, row):
     """The numbers of the line of a table that begins with `row`."""
     line = re.search(f"^ *{row} +(.*)", text, re.MULTILINE)[1]
     return [float(number) for number in re.findall(r"(?<![^\s<])\d+(?:\.\d+)?(?!\S)", line)]
+
+
+FAKE = """
+import json, sys
+from pathlib import Path
+out, seed = Path(sys.argv[-1]), int(sys.argv[-3])
+rows = [{"step": 1, "seconds": 30 * (seed + 1)}, {"eval_step": 1, "AP": 0.1 * seed + %s, "mask_AP": 0.2}]
+rows += [{"step": 2, "seconds": 30}, {"eval_step": 2, "AP": 0.0, "mask_AP": 0.5}]
+(out / "log.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+Path("calls.txt").open("a").write("x")
+print("step 2: best AP 0.1; done")
+"""
+
+
+def test_compare(tmp_path):
+    """Oracle: by hand. Mean and deviation of a sample over seeds of the best AP, of that evaluation's mask AP, and the
+    minutes; a run that is there is not run again, and one that fails is named."""
+    for name, base in (("a", 0.2), ("b", 0.4)):
+        (tmp_path / f"{name}.py").write_text(FAKE % base)
+    commands = [f"{sys.executable} {name}.py" for name in "ab"]
+    for calls in (4, 4):
+        said, code = tool("compare", *commands, "--seeds", 2, "--out", "runs", cwd=tmp_path)
+        assert code == 0 and len((tmp_path / "calls.txt").read_text()) == calls, said
+        assert said.count("      AP 0.250 ± 0.071 (0.200 to 0.300)") == 1 and "AP 0.450 ± 0.071" in said
+        assert said.count("mask_AP 0.200 ± 0.000") == 2 and said.count("minutes 1.2 ± 0.4 (1.0 to 1.5)") == 2
+    said, code = tool("compare", "--arch none", "--out", "other", cwd=tmp_path)
+    assert code == 2 and "error: " in said and "--arch none --seed 0" in said and "ended with code 2" in said
+
+
+def test_plot_log(run, tmp_path):
+    """Oracle: the log. The SVG is well-formed, its four panels have a curve for each term, and a curve's last point is
+    at the last step."""
+    said, code = tool("plot_log", run, "--out", tmp_path / "log.svg", cwd=tmp_path)
+    assert code == 0 and "wrote" in said
+    tree = ElementTree.parse(tmp_path / "log.svg").getroot()
+    texts = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+    for name in ("class", "box", "lr", "grad_norm", "AP", "AP50", "AP75", "step 4"):
+        assert name in texts, texts
+    curves = [line.get("points").split() for line in tree.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert len(curves) == 7 and [len(points) for points in curves[:4]] == [4] * 4
+    assert {points[-1].split(",")[0] for points in curves} == {"408.0"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "log.jsonl").write_text("")
+    said, code = tool("plot_log", tmp_path / "empty", cwd=tmp_path)
+    assert code == 2 and "error: the log has no step yet" in said
 
 
 @pytest.mark.slow
