@@ -33,7 +33,7 @@ MIN_SIDE = 0.01  # pixels of the network's input: what the window leaves of an o
 MAX_BROKEN = 10, 0.01  # broken objects: more than so many, and than this share, mean that the format is wrong
 TRAIN, VAL = "train2017", "val2017"
 UNIT, LARGE = 1.05, 32  # no coordinate beyond that, on an image of so many pixels a side: it looks normalized
-MAX_PIXELS, Image.MAX_IMAGE_PIXELS = 2**28, None  # of an image: read_image's limit, not PIL's
+MAX_PIXELS, Image.MAX_IMAGE_PIXELS = 178_956_970, None  # of an image: PIL's limit, in read_image's words
 KEPT_FROM, KEPT_VERSION = 50e6, 2  # the arrays of a json of more bytes are kept in a file beside it; its version
 
 

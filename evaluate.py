@@ -38,7 +38,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the picture grid of an evaluation; the lowest score in pictures
+GRID_IMAGES, GRID_SIDE, GRID_SCORE, LABEL_SIDES = 8, 320, 0.3, (70, 12)  # the grid; the lowest score; a label's pixels
 
 
 @torch.no_grad()
@@ -184,7 +184,8 @@ def draw_objects(image, boxes, labels, names, scores=None, masks=None):
     if not len(boxes):
         return image
     scores = [""] * len(labels) if scores is None else [f" {score:.2f}" for score in scores.tolist()]
-    texts = [names[k] + score for k, score in zip(labels.tolist(), scores)]
+    near = ((boxes[:, None, :2] - boxes[:, :2]).abs() < torch.tensor(LABEL_SIDES)).all(2).tril(-1).any(1).tolist()
+    texts = [None if hidden else names[k] + score for k, score, hidden in zip(labels.tolist(), scores, near)]
     colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
     for mask, box, colour in zip(() if masks is None else masks, boxes.numpy(), colours):
         pixels = coco_mask.decode(paste_mask(mask, box, *image.shape[1:]))
@@ -432,8 +433,7 @@ def one_sentence():
     except RuntimeError as error:  # a dead worker's is raised by a signal, wherever the main process then is
         if not (line := re.search(r".*(DataLoader worker \(pid|shared memory|file </torch_).*", str(error))):
             raise
-        cure = "use fewer --workers; /dev/shm, in docker: docker run --shm-size 8g, or --workers 0"
-        sentence = f"{line[0].strip()} Most often memory ran out. RAM: {cure}"
+        sentence = f"{line[0].strip()} Memory ran out: use fewer --workers; docker run --shm-size 8g, or --workers 0"
     if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
         time.sleep(5)  # where the first process says the same, torchrun ends this one before, if not in training
     print(f"error: {sentence}", file=sys.stderr, flush=True)

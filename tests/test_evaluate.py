@@ -316,3 +316,16 @@ def test_a_missing_split_that_was_asked_for(run, coco_sample):
     command = [sys.executable, script, "--weights", run / "last.pt", "--data", coco_sample]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "val2017" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_labels_do_not_cover_each_other(monkeypatch):
+    """Oracle: by hand. Of labels that would lie on an earlier one's place only the earlier, of a higher score, is
+    drawn; boxes are all drawn."""
+    seen = []
+    monkeypatch.setattr(evaluation, "draw_bounding_boxes", lambda image, *given, **style: seen.append(given))
+    boxes = torch.tensor(
+        [[10.0, 10, 90, 90], [15, 14, 95, 95], [15, 40, 60, 80], [100, 12, 150, 60], [98, 13, 150, 50]]
+    )
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
+    evaluation.draw_objects(torch.zeros(3, 160, 160, dtype=torch.uint8), boxes, torch.arange(5) % 2, "ab", scores)
+    assert torch.equal(seen[0][0], boxes) and seen[0][1] == ["a 0.90", None, "a 0.70", "b 0.60", None]

@@ -376,9 +376,7 @@ def test_any_json_and_its_images(tmp_path, capsys):
     for split, name in ((TRAIN, "train"), (VAL, "valid")):
         (other / name).mkdir(parents=True)
         for path in (root / split).iterdir():
-            path.link_to(other / name / path.name) if hasattr(path, "link_to") else os.link(
-                path, other / name / path.name
-            )
+            os.link(path, other / name / path.name)
         content = (root / "annotations" / f"instances_{split}.json").read_text()
         (other / name / "_annotations.coco.json").write_text(content)
         pairs[name] = [str(other / name / "_annotations.coco.json"), str(other / name)]
