@@ -307,17 +307,17 @@ class Place(NamedTuple):
 
 def launched():
     """(rank, processes, rank on this machine) as torchrun says, (0, 1, 0) without it. Half of that is a UserError."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
-    given = {name: os.environ.get(name, "").strip() for name in names}
+    given = {k: os.environ.get(k, "").strip() for k in "RANK WORLD_SIZE LOCAL_RANK MASTER_PORT MASTER_ADDR".split()}
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
     if tasks != "1" and not given["RANK"]:
         raise UserError(f"SLURM has {tasks} tasks, each a run of its own; let srun start one torchrun per machine")
     if given["RANK"] in ("", "0") and given["WORLD_SIZE"] in ("", "1"):
         return 0, 1, 0
-    wrong = [f"{k} is {v!r}" for k, v in given.items() if not (v.isdecimal() or (v and k == "MASTER_ADDR"))]
+    numbers = {k: int(v) for k, v in given.items() if v.isdecimal() and int(v) < 2**16}  # the highest port is below
+    wrong = [f"{k} is {v!r}" for k, v in given.items() if k not in numbers and not (v and k == "MASTER_ADDR")]
     if wrong:
-        raise UserError(f"the launcher's {', '.join(wrong)}; start with torchrun, or unset {', '.join(names)}")
-    return tuple(int(given[name]) for name in names[:3])
+        raise UserError(f"the launcher's {', '.join(wrong)}; start with torchrun, or unset {', '.join(given)}")
+    return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
 
 
 def start(device_name=None, amp="auto"):
@@ -342,8 +342,8 @@ def start(device_name=None, amp="auto"):
     if cuda:
         try_device(place)
     if world > 1 and not dist.is_initialized():
-        # Rank 0 alone runs COCOeval while the others wait: minutes on a large set, never an hour.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=1))
+        hour = datetime.timedelta(hours=1)  # rank 0 alone runs COCOeval while the others wait, for minutes
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=hour)
     return place
 
 

@@ -59,7 +59,7 @@ def test_a_launcher(monkeypatch):
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-@pytest.mark.parametrize("value", [None, "", "a b", "-1", "1.5"])
+@pytest.mark.parametrize("value", [None, "", "a b", "-1", "1.5", "65536"])
 def test_half_a_launcher(name, value, monkeypatch):
     """Oracle: by hand. One of its variables lacking, empty or no number: a sentence that names it and torchrun. An
     address may be any text."""
