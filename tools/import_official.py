@@ -73,10 +73,8 @@ def opened(path):
         if where.is_dir():
             found = sorted(where.rglob("*.index"))
             if len(found) != 1:
-                say = [file.name for file in found]
-                raise UserError(
-                    f"{path} holds {len(found)} checkpoints (*.index) {say or ''}, not one; name one of them"
-                )
+                names = f": {[file.name for file in found]}" if found else ""
+                raise UserError(f"{path} holds {len(found)} checkpoints (*.index){names}; name one of them")
             yield found[0].with_suffix(""), name
             return
         prefix = Path(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", str(path)))
