@@ -128,7 +128,7 @@ def load_annotations(root, split=TRAIN, masks=False, paths=None, report=refuse):
         missing = " and ".join(str(p) for p in (folder, path) if not p.exists())
     found = ", ".join(sorted(str(p) for kind in ("*.json", "*/*.json") for p in Path(root).glob(kind))[:4]) or "none"
     what = f"{root} is not in COCO's layout; of json files it has {found}; any will do: --train or --val JSON IMAGES"
-    raise UserError(f"{missing} not found. {what if paths or Path(root).exists() else HELP.format(root=root)}")
+    raise UserError(f"{missing} not found. {'' if paths else what if Path(root).exists() else HELP.format(root=root)}")
 
 
 def read_annotations(path, folder, masks, report=refuse):

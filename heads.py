@@ -98,7 +98,7 @@ def init_(layer, initializer, **options):
 
 
 def predict(layer, x):
-    """A last layer's outputs: in evaluation float32, also under autocast, so that close scores are not rounded alike."""
+    """A last layer's outputs: in evaluation float32, also under autocast, so that close scores aren't rounded alike."""
     with contextlib.nullcontext() if layer.training or x.is_meta else torch.autocast(x.device.type, enabled=False):
         return layer(x if layer.training else x.float())
 

@@ -526,7 +526,7 @@ def test_another_layout(tmp_path, capsys):
         code, printed, _ = command(look.main, [flag, root / "train/_annotations.coco.json", root / "train"], capsys)
         assert code == 0 and "4 images, 101 objects" in printed
     code, _, said = command(look.main, ["--train", root / "none.json", root / "train"], capsys)
-    assert code == 2 and f"{root}/none.json not found" in said and "wget" not in said
+    assert code == 2 and f"{root}/none.json not found" in said and "wget" not in said and "COCO's layout" not in said
 
 
 @pytest.mark.parametrize("flags", [("--size", 0), ("--show", -1), ("--jitter", 2, 1), ("--jitter", 0, 1)])
