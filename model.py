@@ -35,8 +35,8 @@ class Block(NamedTuple):
 
 
 # SpineNet-49's searched permutation (paper Figure 4d; authors' spinenet.py:44-63). Blocks 0 and 1 are the
-# stem's. The edge 11 -> 14 is what the authors' rule yields at every input size: a block that nobody
-# consumes yet is added to an output block of its own size and width (spinenet.py:450-458).
+# stem's. `as_is` is what the authors' rule yields at every input size (spinenet.py:450-458): an output block also gets
+# the earlier blocks of its own size and width, output blocks aside, that no block up to it has consumed.
 SPINE = (
     Block(2, 2, "bottleneck", (0, 1)),
     Block(3, 4, "residual", (0, 1)),

@@ -60,9 +60,9 @@ DROPS = (30, 10)  # epochs before the end at which the learning rate is divided 
 # Departure, for runs that the paper has not: under 60 epochs the drops are shares of the run, and the warm-up is at
 # most a tenth of any run.
 SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
-# Images of 640 x 640 that 16 GB hold under autocast with ReLU, (RetinaNet, Mask R-CNN): by account, not by measurement
-# (tools/bench_step.py --memory). Swish keeps its inputs, DropBlock its masks: divided by SWISH, either fits.
-FITS = {"tiny": (59, 47), "49S": (33, 23), "49": (23, 14), "96": (16, 11), "143": (12, 9), "190": (6, 4)}
+# Images of 640 x 640 that 16 GB hold under autocast with ReLU, (RetinaNet, Mask R-CNN): by an account, which a GPU's
+# peaks bear out (docs/RESULTS.md, "Memory"). Swish keeps its inputs, DropBlock its masks: divided by SWISH, either fits.
+FITS = {"tiny": (41, 47), "49S": (26, 23), "49": (19, 14), "96": (15, 11), "143": (11, 9), "190": (6, 4)}
 SWISH = 1.46
 SAVE_SECONDS, PRINT_STEPS, MAX_SKIPPED = 15 * 60, 50, 50  # the last: float16's overflows in a row that end a run
 MAX_WAITING = 0.2  # share of the time, above which a warning comes

@@ -17,7 +17,7 @@ torch.set_num_threads(2)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark the tests of each assignment: a1 to a7."""
+    """Mark the tests of each assignment: a1 to a8."""
     for item in items:
         for name, assignment in ASSIGNMENTS.items():
             if item.originalname in assignment.tests or item.name in assignment.tests:

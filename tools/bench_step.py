@@ -39,7 +39,9 @@ ROWS = (  # head, arch, size, images on one 32 GB GPU in float32 of an earlier r
 )
 CLASSES = 80
 PER_PARAMETER = 16  # bytes: weight, gradient, momentum and, rounded up, the half-precision copy
-LOGIT_COPIES = 3  # of the class or mask logits in float32: the loss's temporaries and its gradient
+# Of the class or mask logits in float32, at the start of backward: what the losses recompute, and gradients. With 7 the
+# account is a GPU's peaks within 7 % (docs/RESULTS.md).
+LOGIT_COPIES = {"retinanet": 7, "mask_rcnn": 3}
 SHARE = 14 / 16  # of a device's memory that is planned with
 
 
@@ -91,7 +93,7 @@ def saved_bytes(detector, images, size, masks, amp):
 def account(head, arch, size, activation="relu", amp=True):
     """(bytes a step needs for each image, bytes it needs whatever their number), by account.
 
-    The first: what is saved for backward, and 3 times the class logits (for Mask R-CNN, the mask logits) in float32.
+    The first: what is saved for backward, and LOGIT_COPIES of the class logits (for Mask R-CNN, the mask logits).
     """
     detector = build_model(arch, head, CLASSES, activation=activation).train()
     one, two = (saved_bytes(detector, images, size, detector.masks, amp) for images in (1, 2))
@@ -100,7 +102,7 @@ def account(head, arch, size, activation="relu", amp=True):
     else:
         logits = len(heads.make_anchors((size, size), detector.anchor_size)) * CLASSES
     parameters = sum(p.numel() for p in detector.parameters())
-    return two - one + LOGIT_COPIES * 4 * logits, PER_PARAMETER * parameters
+    return two - one + LOGIT_COPIES[head] * 4 * logits, PER_PARAMETER * parameters
 
 
 def memory(rows, activations):

@@ -1,22 +1,40 @@
-"""Cuts an assignment from the solution: functions lose their bodies and keep their signatures and docstrings.
+"""Cuts assignments from the solution, grades what students made of them, and proves that the grader grades.
 
-python tools/make_assignment.py a3 --out DIR        then, in DIR: python -m pytest -m a3
+python tools/make_assignment.py a3 --out DIR        a copy whose functions of a3 have no body; in DIR: pytest -m a3
+python tools/make_assignment.py a4 --out DIR --keep OLD     with the functions that were solved in the copy OLD
+python tools/make_assignment.py --grade DIR...      a line for each: tests passed, the first that failed
+python tools/make_assignment.py [a3] --check-variants    the wrong and right bodies of tests/variants.py
 
 The docstring is the problem statement (a method's may be its class's); the tests of ASSIGNMENTS are the grader.
 """
 
 import argparse
 import ast
+import json
+import multiprocessing
+import os
+import re
 import shutil
+import signal
 import sys
+import tempfile
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from evaluate import one_sentence  # noqa: E402
+from model import UserError  # noqa: E402
+
 COPIED = (
     *("*.py", "*.txt", "*.toml", "*.md", ".gitignore", "LICENSE", "CITATION.cff"),
     *("tools/*.py", "tests/*.py", "tests/*.npz", "docs/*"),
 )
+NAME_FILE = "ASSIGNMENT"  # in a copy: which one it is
 
 
 class Assignment(NamedTuple):
@@ -25,6 +43,7 @@ class Assignment(NamedTuple):
     title: str
     functions: tuple  # module.function or module.Class.method
     tests: tuple  # names; with [parameters], only that case
+    removed: tuple = ()  # pairs (module, text): what is to be filled in besides bodies
 
 
 ASSIGNMENTS = {
@@ -50,7 +69,13 @@ ASSIGNMENTS = {
     ),
     "a2": Assignment(
         "The scale-permuted network",
-        ("model.Arch.width", "model.SpineNet.forward", "model.Normalize.forward", "model.check_size"),
+        (
+            "model.Arch.width",
+            "model.SpineNet.forward",
+            "model.Normalize.forward",
+            "model.check_size",
+            "model.count",
+        ),
         (
             "test_features_equal_the_official_code",
             "test_feature_shapes",
@@ -59,6 +84,7 @@ ASSIGNMENTS = {
             "test_padding_normalizes_to_zero",
             "test_unresampled_parent_follows_the_rule",
         ),
+        removed=(("model", ", as_is=(11,)"),),
     ),
     "a3": Assignment(
         "Anchors, boxes, matching",
@@ -141,17 +167,32 @@ ASSIGNMENTS = {
         ),
     ),
     "a7": Assignment(
-        "Mask R-CNN",
+        "Mask R-CNN: proposals",
         (
             "heads.RPNHead.forward",
-            "heads.BoxHead.forward",
-            "heads.MaskHead.forward",
             "heads.propose",
-            "heads.roi_levels",
-            "heads.roi_features",
             "loss.pick",
             "loss.rpn_loss",
             "loss.sample_rois",
+        ),
+        (
+            "test_proposals_equal_a_plain_loop",
+            "test_proposals_by_hand",
+            "test_pick",
+            "test_few_anchors_are_divided_as_256",
+            "test_rpn_loss_equals_a_plain_loop",
+            "test_rpn_samples_at_most_half_positive",
+            "test_roi_sampling",
+            "test_few_or_no_proposals",
+        ),
+    ),
+    "a8": Assignment(
+        "Mask R-CNN: regions and masks",
+        (
+            "heads.roi_levels",
+            "heads.roi_features",
+            "heads.BoxHead.forward",
+            "heads.MaskHead.forward",
             "loss.box_head_loss",
             "loss.mask_targets",
             "loss.mask_loss",
@@ -161,16 +202,8 @@ ASSIGNMENTS = {
             "test_roi_levels",
             "test_roi_features_equal_torchvision_level_by_level",
             "test_roi_features_sample_the_centre_of_each_cell",
-            "test_proposals_equal_a_plain_loop",
-            "test_proposals_by_hand",
-            "test_pick",
             "test_noise_decides_what_is_sampled",
-            "test_few_anchors_are_divided_as_256",
             "test_two_processes_equal_one[1-None-mask_rcnn]",
-            "test_rpn_loss_equals_a_plain_loop",
-            "test_rpn_samples_at_most_half_positive",
-            "test_roi_sampling",
-            "test_few_or_no_proposals",
             "test_box_head_loss_by_hand",
             "test_mask_targets_equal_torchvision",
             "test_mask_targets_of_the_object_itself",
@@ -203,42 +236,267 @@ def body_of(source, qualified):
     return source.splitlines()[first:last]
 
 
-def blank(source, qualified, message):
-    """The source with that body replaced by a NotImplementedError."""
+def rewrite(source, qualified, body):
+    """The source with that body replaced by other lines, which are indented to fit."""
     first, last, indent = extent(source, qualified)
     lines = source.splitlines(keepends=True)
-    lines[first:last] = [f'{indent}raise NotImplementedError("{message}")\n']
+    lines[first:last] = [textwrap.indent(textwrap.dedent(body).strip("\n"), indent) + "\n"]
     return "".join(lines)
 
 
-def cut(name, out, functions=None):
-    """Write the project to the folder `out` with the assignment's functions (or only these of it) blanked."""
+def blank(source, qualified, message):
+    """The source with that body replaced by a NotImplementedError."""
+    return rewrite(source, qualified, f'raise NotImplementedError("{message}")')
+
+
+def solved(source, qualified):
+    """That body, or None where it is blank, or where nothing of that name is there."""
+    try:
+        body = "\n".join(body_of(source, qualified))
+    except (StopIteration, SyntaxError, ValueError):
+        return None
+    return None if 'raise NotImplementedError("a' in body else body
+
+
+def change(folder, module, make):
+    """Replace a module's source in a folder by make(source)."""
+    path = folder / f"{module}.py"
+    path.write_text(make(path.read_text()))
+
+
+def copy(out):
+    """Write the project to the folder `out`."""
     for pattern in COPIED:
         for path in sorted(ROOT.glob(pattern)):
             target = out / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+
+
+def cut(name, out, functions=None, keep=None):
+    """Write the project to the folder `out` with the assignment's functions (or only these of it) blanked.
+
+    keep: a folder from which the bodies of all other assignments' functions are taken, where they are solved there;
+    the list of them, as far as they differ from the solution, is returned."""
+    copy(out)
+    (out / NAME_FILE).write_text(f"{name}\n")
     for function in ASSIGNMENTS[name].functions if functions is None else functions:
         module, qualified = function.split(".", 1)
-        path = out / f"{module}.py"
-        path.write_text(blank(path.read_text(), qualified, f"{name}: {function}"))
+        change(out, module, lambda source: blank(source, qualified, f"{name}: {function}"))  # noqa: B023
+    for module, text in ASSIGNMENTS[name].removed if functions is None else ():
+        change(out, module, lambda source: source.replace(text, "", 1))  # noqa: B023
+    kept = []
+    for other, assignment in ASSIGNMENTS.items() if keep else ():
+        for function in assignment.functions if other != name else ():
+            module, qualified = function.split(".", 1)
+            body = solved((keep / f"{module}.py").read_text(), qualified)
+            if body and body != solved((ROOT / f"{module}.py").read_text(), qualified):
+                change(out, module, lambda source: rewrite(source, qualified, body))  # noqa: B023
+                kept.append(function)
+    return kept
+
+
+# Grading: the tests of a folder run in a process of their own, which is ended after a limit, with all that it started.
+
+
+class Recorder:
+    """A plugin of pytest that writes what happens to a file, line by line, so that also a killed run has said it."""
+
+    def __init__(self, path):
+        self.file = open(path, "w", buffering=1)
+
+    def write(self, **row):
+        self.file.write(json.dumps(row) + "\n")
+
+    def pytest_collection_finish(self, session):
+        self.write(count=len(session.items))
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.write(started=nodeid.split("::")[-1])
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.write(failed=report.nodeid.split("::")[-1], message=crash.message if crash else str(report.longrepr))
+        elif report.when == "call":
+            self.write(passed=report.nodeid.split("::")[-1])
+
+
+class Grade(NamedTuple):
+    """What the tests said: how many there are, names of the passed, {name: message} of the failed."""
+
+    count: int
+    passed: list
+    failed: dict
+    ended: str  # why the run came to no end, or ""
+
+    def first(self):
+        """(test, message) of the first failure, or of what ended the run, or ("", "")."""
+        if self.ended:
+            return "", self.ended
+        return next(iter(self.failed.items()), ("", ""))
+
+
+def run_pytest(folder, marks, options):
+    """In a process of its own: the marked tests of the copy."""
+    os.setsid()
+    file = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    multiprocessing.set_start_method("fork", force=True)
+    os.chdir(folder)
+    sys.path[:] = [p for p in sys.path if not Path(p).resolve().is_relative_to(ROOT)]
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(ROOT)) and not name.startswith("__"):
+            del sys.modules[name]
+    import pytest
+
+    options = ["-q", "-p", "no:cacheprovider", "--tb=short", "-m", marks, *options]
+    code = pytest.main(options, plugins=[Recorder(folder / "said.jsonl")])
+    sys.stdout.flush()
+    os._exit(int(code))  # whatever threads the tested code has left
+
+
+def kill_session(leader):
+    """Kill the processes of a session that `leader` began, in whatever group they are."""
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else [str(leader)]:
+        try:
+            if entry.isdecimal() and os.getsid(int(entry)) == leader:
+                os.kill(int(entry), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def grade(folder, marks, options=(), limit=300):
+    """The Grade of the marked tests of a folder, which is a copy; at most so many seconds. Threads may call it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "pycocotools.cocoeval", "PIL.Image", "pytest"])
+    process = context.Process(target=run_pytest, args=(folder, marks, options))
+    process.start()
+    process.join(limit)
+    late = process.exitcode is None
+    kill_session(process.pid)
+    process.join()
+    record = folder / "said.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    rows = {kind: [row for row in rows if kind in row] for kind in ("count", "started", "passed", "failed")}
+    where = f" in {rows['started'][-1]['started']}" if rows["started"] else ""
+    ended = f"ended after {limit} s{where}" if late else ""
+    if not late and process.exitcode not in (0, 1):
+        said = (folder / "said.txt").read_text(errors="replace").strip().splitlines() or ["nothing"]
+        last = next((line for line in reversed(said) if re.match(r"E  |\w*Error", line)), said[-1])
+        ended = f"pytest ended with {process.exitcode}{where}: {last.strip()}"
+    failed = {row["failed"]: row["message"] for row in reversed(rows["failed"])}
+    return Grade(
+        sum(row["count"] for row in rows["count"]),
+        [row["passed"] for row in rows["passed"]],
+        dict(reversed(failed.items())),
+        ended,
+    )
+
+
+def grade_students(folders, name, limit):
+    """Print a line for each student's folder: what passes of the tests, with the folder's files at the root."""
+    print(f"{'student':<30} {'passed':>6} {'of':>4}  first failing test")
+    for student in folders:
+        marker = student / NAME_FILE
+        marks = name or (marker.read_text().strip() if marker.exists() else None)
+        if marks not in ASSIGNMENTS:
+            raise UserError(f"{student} has no {NAME_FILE} that names an assignment; give its name before --grade")
+        with tempfile.TemporaryDirectory() as folder:
+            copy(Path(folder))
+            for path in student.glob("*.py"):  # with this project's own tests and tools
+                shutil.copy(path, folder)
+            result = grade(Path(folder), marks, limit=limit)
+        test, message = result.first()
+        what = f"{test}: {' '.join(message.split())}" if test else message
+        print(f"{str(student):<30} {len(result.passed):>6} {result.count:>4}  {what[:400]}", flush=True)
+
+
+# The variants: right bodies pass, wrong ones fail, in words.
+
+
+def varied(variant):
+    """The source of the function's module, with the function as the variant has it."""
+    module, qualified = variant.function.split(".", 1)
+    source, body = (ROOT / f"{module}.py").read_text(), variant.body
+    if not isinstance(body, str):
+        lines = textwrap.dedent("\n".join(body_of(source, qualified)))
+        for old, new in body:
+            if lines.count(old) != 1:
+                raise ValueError(f"{variant.function}, {variant.what}: {old!r} is there {lines.count(old)} times")
+            lines = lines.replace(old, new)
+        body = lines
+    return rewrite(source, qualified, body)
+
+
+def judge(name, variant, right):
+    """("" if the grader says of a variant what it should, else what it says; the test and its message; seconds)."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy(Path(folder))
+        change(Path(folder), variant.function.split(".")[0], lambda source: varied(variant))
+        began = time.monotonic()
+        result = grade(Path(folder), name, () if right else ("-x",))
+    test, message = result.first()
+    if right:
+        fault = f"refused by {test}: {message}" if test or message else ""
+    elif not test:
+        fault = message or "passed"
+    else:
+        fault = "" if re.search(variant.says, message) else f"{test} doesn't say {variant.says!r}, but: {message}"
+    return fault, test, message, time.monotonic() - began
+
+
+def check_variants(names):
+    """Judge every variant of these assignments, two at a time, and print what came of it; True if all is well."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from variants import VARIANTS
+
+    jobs = [(n, v, right) for n in names for right in (False, True) for v in VARIANTS[n]["right" if right else "wrong"]]
+    well = 0
+    with ThreadPoolExecutor(2) as pool:
+        for (name, variant, right), (fault, test, message, seconds) in zip(jobs, pool.map(lambda j: judge(*j), jobs)):
+            kind, outcome = ("right", "passes") if right else ("wrong", f"fails {test}: {' '.join(message.split())}")
+            outcome = f"NOT AS IT SHOULD: {fault}" if fault else outcome
+            print(f"{name} {kind} {variant.function} ({variant.what}), {seconds:.0f} s: {outcome[:300]}", flush=True)
+            well += not fault
+    print(f"{well} of {len(jobs)} variants are judged as they should be")
+    return well == len(jobs)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write a copy of the project with an assignment's functions blanked.")
-    parser.add_argument("name", choices=ASSIGNMENTS)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser = argparse.ArgumentParser(description="Cut an assignment, grade students, or check the grader.")
+    add = parser.add_argument
+    add("name", nargs="?", choices=ASSIGNMENTS)
+    add("--out", type=Path, help="a new folder for the copy")
+    add("--keep", type=Path, metavar="DIR", help="take what is solved in this copy of another assignment")
+    add("--grade", type=Path, nargs="+", metavar="DIR", help="grade these copies")
+    add("--limit", type=int, default=300, metavar="SECONDS", help="for each of them (default 300)")
+    add("--check-variants", action="store_true", help="of the assignment, or of all")
     args = parser.parse_args(argv)
+    if args.check_variants:
+        raise SystemExit(not check_variants([args.name] if args.name else ASSIGNMENTS))
+    for folder in [*(args.grade or ()), *([args.keep] if args.keep else ())]:
+        if not (folder / "model.py").exists():
+            raise UserError(f"{folder} is no copy of the project: it has no model.py")
+    if args.grade:
+        return grade_students(args.grade, args.name, args.limit)
+    if not (args.name and args.out):
+        parser.error("give an assignment and --out, or --grade, or --check-variants")
     if args.out.exists() and any(args.out.iterdir()):
-        print(f"error: {args.out} is not empty; give a new folder", file=sys.stderr)
-        raise SystemExit(2)
-    cut(args.name, args.out)
+        raise UserError(f"{args.out} is not empty; give a new folder")
+    kept = cut(args.name, args.out, keep=args.keep)
     print(f"{args.name}, {ASSIGNMENTS[args.name].title}: in {args.out}, write the bodies of")
     for function in ASSIGNMENTS[args.name].functions:
         module, qualified = function.split(".", 1)
         print(f"  {module}.py: {qualified}")
+    for module, _ in ASSIGNMENTS[args.name].removed:
+        print(f"  {module}.py: what docs/COURSE.md says is missing besides")
+    if kept:
+        print(f"taken from {args.keep}: {', '.join(kept)}")
     print(f"and run there: python -m pytest -m {args.name}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main()
