@@ -60,8 +60,8 @@ DROPS = (30, 10)  # epochs before the end at which the learning rate is divided 
 # Departure, for runs that the paper has not: under 60 epochs the drops are shares of the run, and the warm-up is at
 # most a tenth of any run.
 SHORT_RUN, SHORT_DROPS, LONGEST_WARMUP = 60, (11 / 12, 35 / 36), 1 / 10
-# Images of 640 x 640 that 16 GB hold under autocast with ReLU, (RetinaNet, Mask R-CNN): by an account, which a GPU's
-# peaks bear out (docs/RESULTS.md, "Memory"). Swish keeps its inputs, DropBlock its masks: divided by SWISH, either fits.
+# Images of 640 x 640 that 16 GB hold under autocast with ReLU, (RetinaNet, Mask R-CNN): by an account that agrees with
+# a GPU's peaks (docs/RESULTS.md, "Memory"). Swish keeps its inputs, DropBlock its masks: divided by SWISH, either fits.
 FITS = {"tiny": (41, 47), "49S": (26, 23), "49": (19, 14), "96": (15, 11), "143": (11, 9), "190": (6, 4)}
 SWISH = 1.46
 SAVE_SECONDS, PRINT_STEPS, MAX_SKIPPED = 15 * 60, 50, 50  # the last: float16's overflows in a row that end a run
