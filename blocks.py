@@ -28,12 +28,14 @@ def batch_norm(channels):
 def drop_block(x, rate, training):
     """Zero random squares of each channel (DropBlock, Ghiasi et al. 2018), the rest scaled up to keep the mean.
 
-    x (B, C, H, W) -> same shape. The square shrinks to the largest odd side that fits the map.
+    x (B, C, H, W) -> same shape and dtype; `x` itself where `training` is false or the rate 0. A square's side is
+    DROP_BLOCK_SIZE, or the largest odd one that fits the map. In each channel of each image one begins wherever all of
+    it fits, with probability rate H W / (side^2 (H - side + 1) (W - side + 1)) (equation 1). What is left is multiplied
+    by elements / elements left, of the whole batch: counted in float32, as the mask is made, since float16 overflows.
     """
     if not training or rate == 0.0:
         return x
     side = min(DROP_BLOCK_SIZE, *x.shape[-2:])
-    # The mask is made from float32 ones: in float16 the sum that rescales it would overflow.
     mask = drop_block2d(torch.ones_like(x, dtype=torch.float32), rate, side - (side + 1) % 2)
     return x * mask.to(x.dtype)
 
@@ -42,7 +44,7 @@ class ConvBN(nn.Module):
     """k x k convolution without bias, batch norm, and (unless `activation` is None) the activation.
 
     (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)); symmetric padding (k - 1) / 2.
-    `drop_rate` is DropBlock's, applied between batch norm and activation.
+    `drop_rate` is DropBlock's, applied between batch norm and activation, in training.
     """
 
     def __init__(self, in_channels, out_channels, kernel, stride=1, activation="relu", drop_rate=0.0):
@@ -69,8 +71,9 @@ class Stem(ConvBN):
 class ResidualBase(nn.Module):
     """act(shortcut(x) + branch(x)); the subclasses say what the branch is.
 
-    The shortcut is a 1x1 projection where the channel counts differ (only in block 0), else the
-    identity. `drop_path` is the rate at which an image's whole branch is dropped (stochastic depth).
+    The shortcut is a 1x1 projection where the channel counts differ (only in block 0), else the identity; in training
+    DropBlock (`drop_rate`) is applied to either. `drop_path` is the rate at which, in training, an image's whole branch
+    is dropped (stochastic depth, drawn for each image); what survives is divided by the survival rate, 1 - drop_path.
     """
 
     def __init__(self, in_channels, out_channels, activation, drop_path, drop_rate):
@@ -130,8 +133,8 @@ def block_group(kind, in_channels, width, repeats, **options):
 class Resample(nn.Module):
     """A parent's output brought to its child's level and channels (paper section 3.2, Figure 5).
 
-    1x1 to c channels; then a strided conv (and for factors over 2 a max-pool) down, or nearest
-    neighbours up; then 1x1 to the child's channels, without activation: the sum is activated.
+    1x1 to c channels; then a strided conv (and for factors over 2, after it, a max-pool of stride factor / 2 and kernel
+    stride + 1) down, or nearest neighbours up; then 1x1 to the child's channels, unactivated: the sum is activated.
     (B, in_channels, H, W) -> (B, out_channels, H / 2^d, W / 2^d), d = level - parent_level.
 
     c = int(alpha * parent_width), where parent_width is the block's width, also for a bottleneck,
@@ -161,13 +164,16 @@ class Resample(nn.Module):
 def max_pool_same(x, kernel, stride):
     """Max-pool with TensorFlow's SAME padding: on even sizes it pads at the right and bottom only.
 
-    (B, C, H, W) -> (B, C, H / stride, W / stride). For kernel = stride + 1, which is all that is used here.
+    (B, C, H, W) -> (B, C, H / stride, W / stride), for kernel = stride + 1. The padding is never the maximum.
     """
     return F.max_pool2d(x, kernel, stride, ceil_mode=True)
 
 
 def init_conv_(conv):
-    """Normal, truncated at two sigma, of standard deviation sqrt(1 / fan_in) after the truncation."""
+    """Normal, truncated at two sigma, of standard deviation sqrt(1 / fan_in) after the truncation.
+
+    So sigma is sqrt(1 / fan_in) / 0.87962566, the std of a unit normal truncated at +-2; no weight is beyond 2 sigma.
+    """
     fan_in = conv.weight[0].numel()
-    sigma = math.sqrt(1 / fan_in) / 0.87962566  # the std of a unit normal truncated at +-2
+    sigma = math.sqrt(1 / fan_in) / 0.87962566
     nn.init.trunc_normal_(conv.weight, std=sigma, a=-2 * sigma, b=2 * sigma)

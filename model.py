@@ -85,7 +85,7 @@ class Arch:
     spine: tuple = SPINE
 
     def width(self, level):
-        """Channels of a residual block at `level`; a bottleneck there has four times as many."""
+        """Channels of a residual block at `level`, rounded down; a bottleneck there has four times as many."""
         return int(BASE_WIDTH[level] * self.filter_scale)
 
     def plain(self):
@@ -112,6 +112,7 @@ ARCHS = {
 class SpineNet(nn.Module):
     """The backbone: images (B, 3, H, W), normalized -> features P3..P7, each (B, endpoint, H / 2^L, W / 2^L).
 
+    Block 0 follows the stem, block 1 block 0; each other is given act(sum of its resampled parents and those `as_is`).
     `drop_path` is stochastic depth's rate at the last block, growing linearly from the first (protocol C);
     `drop_rate` is DropBlock's (protocol A). Raises ValueError where H or W is not a multiple of 128.
     Source: paper section 3, Figure 4d; authors' spinenet.py.
@@ -168,7 +169,7 @@ class SpineNet(nn.Module):
 
 
 class Normalize(nn.Module):
-    """uint8 RGB (B, 3, H, W) -> float32 of zero mean and unit variance per channel, on the images' device."""
+    """uint8 RGB (B, 3, H, W) -> float32 in which PIXEL_MEAN is 0 and PIXEL_MEAN + PIXEL_STD 1, on the images' device."""
 
     def __init__(self):
         super().__init__()
@@ -305,7 +306,7 @@ def build_model(arch, head="retinanet", num_classes=80, **options):
 
 
 def check_size(height, width):
-    """Raise ValueError unless both sides are positive multiples of 128, the stride of P7."""
+    """Raise ValueError unless both sides are positive multiples of 128, the stride of P7; it says both: "640x600"."""
     if height % MULTIPLE or width % MULTIPLE or not height or not width:
         raise ValueError(
             f"image size {height}x{width} does not fit SpineNet: height and width must be multiples of {MULTIPLE} "
@@ -333,6 +334,7 @@ PUBLISHED_CLASSES = {"retinanet": 91, "mask_rcnn": 90}
 def count(arch, size, head="retinanet"):
     """(trainable parameters, multiply-adds of one size x size image), counted on the meta device in no time.
 
+    The model has PUBLISHED_CLASSES and is in evaluation mode; its `every_layer` runs all there is to count.
     Multiply-adds are those of the convolutions, transposed convolutions and fully connected layers, as in the paper's
     "FLOPs"; for Mask R-CNN with 1000 RoIs in the box head and 100 in the mask head.
     """

@@ -82,6 +82,35 @@ def test_what_was_solved_is_carried_on(tmp_path, capsys):
     assert 'NotImplementedError("a4: loss.focal_loss")' in (new / "loss.py").read_text()
 
 
+def test_what_is_removed_besides(tmp_path, capsys):
+    """Oracle: by hand. It is in the solution once and gone from the copy, which still compiles; the command says that
+    something is missing, and neither it nor the course says what."""
+    assert ASSIGNMENTS["a2"].removed
+    for name, assignment in ASSIGNMENTS.items():
+        for module, text in assignment.removed:
+            main([name, "--out", str(tmp_path / name)])
+            source = (tmp_path / name / f"{module}.py").read_text()
+            assert (ROOT / f"{module}.py").read_text().count(text) == 1 and text not in source
+            compile(source, module, "exec")
+            said = capsys.readouterr().out
+            assert f"{module}.py: what docs/COURSE.md says is missing besides" in said
+            assert not any(text in page for page in (said, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))))
+
+
+@pytest.mark.slow
+def test_a_network_without_its_unresampled_parent(tmp_path):
+    """Oracle: by hand. With every body but without the edge that a2's copy lacks, two tests fail: the rule, in words
+    that don't say which block it is, and the authors' features."""
+    cut("a2", tmp_path, [])
+    for module, text in ASSIGNMENTS["a2"].removed:
+        change(tmp_path, module, lambda source: source.replace(text, ""))  # noqa: B023
+    result = grade(tmp_path, "a2")
+    rule, features = "test_unresampled_parent_follows_the_rule", "test_features_equal_the_official_code"
+    assert not result.ended and set(result.failed) == {rule, features}, result
+    assert "is not what the authors' rule yields: see the comment above SPINE" in result.failed[rule]
+    assert "11" not in result.failed[rule] and "away from the authors' code" in result.failed[features]
+
+
 @pytest.mark.slow
 def test_grading_students(tmp_path, capsys):
     """Oracle: by hand. The table says how many tests pass and which fails first; a body that never ends, and leaves a

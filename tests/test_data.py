@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from make_shapes import SHAPES, write_shapes
 from pycocotools.coco import COCO
+from torchvision.transforms.functional import normalize
 
 import data
 import look
@@ -29,7 +30,7 @@ from data import (
     read_image,
 )
 from evaluate import resolve_root
-from model import PIXEL_MEAN, Normalize
+from model import PIXEL_MEAN, PIXEL_STD, Normalize
 
 
 def index(root, split=TRAIN):
@@ -404,11 +405,34 @@ def test_a_sample_of_shapes(shapes):
         assert not torch.equal(dataset[later]["image"], first["image"])
 
 
+def test_normalize_by_hand():
+    """Oracle: torchvision's normalize of the image in 0..1, and by hand: a pixel of PIXEL_MEAN's colour and others."""
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 5, 6), dtype=torch.uint8)
+    images[0, :, 0, 0], images[0, :, 0, 1] = 0, 255
+    before = images.clone()
+    given = Normalize()(images)
+    assert given.dtype == torch.float32 and given.shape == images.shape, "float32 of the same shape"
+    assert torch.equal(images, before), "the images themselves stay as they are"
+    expected = normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
+    mistakes = {
+        "it divides before it subtracts": images / std - mean,
+        "the channels are taken as BGR": (images - mean.flip(0)) / std.flip(0),
+        "the channels are turned round": (images.flip(1) - mean) / std,
+        "pixels are in 0..255, as PIXEL_MEAN is, not in 0..1": (images / 255 - mean) / std,
+        "the subtraction is not one of uint8, which has no negative numbers": (images - mean.to(torch.uint8)) / std,
+        "it does not divide by PIXEL_STD": images - mean,
+    }
+    said = [what for what, value in mistakes.items() if torch.allclose(given, value, atol=1e-4)]
+    assert torch.allclose(given, expected, atol=1e-4), f"PIXEL_MEAN is to be 0: {said[0] if said else 'another value'}"
+
+
 def test_padding_normalizes_to_zero():
     """Oracle: by hand. The padding's colour is the mean, rounded, so it is 0 within half a grey level."""
     image = PAD.view(1, 3, 1, 1)
     assert PAD.tolist() == [round(m) for m in PIXEL_MEAN]
-    assert Normalize()(image).abs().max() < 0.5 / 57
+    assert Normalize()(image).abs().max() < 0.5 / 57, "the padding's colour, which is PIXEL_MEAN's, becomes 0"
 
 
 def test_an_epoch_sees_every_image_once():

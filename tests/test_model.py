@@ -50,6 +50,69 @@ count = functools.cache(model.count)  # a second or two each
 BACKBONES = {"49S": 9_089_215, "49": 21_831_488, "96": 36_262_976, "143": 60_247_616, "190": 126_587_664}
 
 
+@pytest.mark.parametrize("arch, widths", [("49S", (41, 83, 166)), ("49", (64, 128, 256)), ("190", (83, 166, 332))])
+def test_widths_by_hand(arch, widths):
+    """Oracle: by hand. 64, 128 and from level 4 on 256 channels times 0.65, 1 and 1.3, as integers, rounded down."""
+    for level, expected in zip(range(2, 8), (*widths, *widths[2:] * 3)):
+        width = ARCHS[arch].width(level)
+        assert type(width) is int, f"a width is an integer, not {width!r}"
+        how = "BASE_WIDTH of that level times filter_scale, rounded down"
+        assert width == expected, f"the width of SpineNet-{arch} at level {level} is {expected}, not {width}: {how}"
+
+
+ANY_SPINE = tuple(b._replace(as_is={8: (4,), 12: (7, 5), 14: (10,)}.get(b.number, ())) for b in SPINE)
+ANY_SPINE = tuple(b._replace(level=3, kind="bottleneck") if b.number == 8 else b for b in ANY_SPINE)
+
+
+def test_the_network_is_its_table():
+    """Oracle: by hand, module by module, with a table that has unresampled parents of its own. What each block is given
+    is made of what the blocks in its row gave, and what leaves is in the order of the levels."""
+    torch.manual_seed(0)
+    # 0.25: the stem is as wide as block 0, so that block 1 could take either. In training values are of size 1.
+    backbone = SpineNet(Arch(0.25, 0.5, 1, 8, 8, 2, 3, spine=ANY_SPINE), "swish").train()
+    names = ["stem", *(f"groups.{n}" for n in range(17)), *(f"endpoints.{L}" for L in model.LEVELS)]
+    names += [f"resamples.{b.number}.{k}" for b in ANY_SPINE for k in range(2)]
+    seen = {name: [] for name in names}
+    for name in names:
+        note = lambda _, args, out, name=name: seen[name].append((args[0].clone(), out.clone()))  # noqa: E731
+        backbone.get_submodule(name).register_forward_hook(note)
+    with torch.no_grad():
+        features = backbone(torch.randn(2, 3, 128, 128))
+    runs = {name: len(calls) for name, calls in seen.items() if len(calls) != 1}
+    assert not runs, f"every part of the network runs once, but these so often: {runs}"
+    given, gave = ({name: seen[name][0][k] for name in names} for k in range(2))
+    assert torch.equal(given["groups.0"], gave["stem"]), "block 0 is given what the stem gave"
+    assert torch.equal(given["groups.1"], gave["groups.0"]), "block 1 is given what block 0 gave, not the stem"
+
+    act = F.silu  # not relu, with which twice is once
+    for block in ANY_SPINE:
+        number, resampled = block.number, []
+        for k, parent in enumerate(block.parents):
+            name = f"resamples.{number}.{k}"
+            assert torch.equal(given[name], gave[f"groups.{parent}"]), f"{name} is given what block {parent} gave"
+            resampled.append(gave[name])
+        as_is = [gave[f"groups.{parent}"] for parent in block.as_is]
+        parts = resampled + as_is
+        near = lambda value: torch.allclose(given[f"groups.{number}"], value, rtol=1e-4, atol=1e-6)  # noqa: B023, E731
+        mistakes = {
+            "the sum is not activated": sum(parts),
+            "the sum is activated twice": act(act(sum(parts))),
+            "each part is activated before the sum": sum(act(part) for part in parts),
+            "the blocks in its `as_is` are not in the sum": act(sum(resampled)),
+            "the blocks in its `as_is` are added after the activation": act(sum(resampled)) + sum(as_is),
+            "only the first in its `as_is` is in the sum": act(sum(resampled + as_is[:1])),
+        }
+        said = [what for what, value in mistakes.items() if near(value)]
+        what = f"block {number} is given act(sum of {block.parents} resampled and {block.as_is} as they are)"
+        assert near(act(sum(parts))), f"{what}: {said[0] if said else 'this is another value'}"
+
+    assert len(features) == 5, "what leaves is P3..P7"
+    for feature, L in zip(features, model.LEVELS):
+        number = next(b.number for b in ANY_SPINE if b.output and b.level == L)
+        assert torch.equal(given[f"endpoints.{L}"], gave[f"groups.{number}"]), f"endpoint {L} is given block {number}"
+        assert torch.equal(feature, gave[f"endpoints.{L}"]), f"what leaves is P3..P7, in the order of the levels: P{L}"
+
+
 @pytest.mark.parametrize("head, arch, size, parameters, gmacs", COUNTS)
 def test_parameters_and_multiply_adds(head, arch, size, parameters, gmacs):
     """Oracle: the authors' code run on TensorFlow. Parameters to the unit, multiply-adds within 0.1 %."""
@@ -80,12 +143,98 @@ def test_the_two_explained_figures(head, arch, size, change, parameters, gmacs):
     assert counted == parameters and macs / 1e9 == pytest.approx(gmacs, rel=1e-3)
 
 
+class Counted(nn.Module):
+    """A detector whose layers can be counted by hand, one of each kind, and which notes how it is called."""
+
+    said = None
+
+    def __init__(self, arch, num_classes):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.up, self.fc = nn.ConvTranspose2d(8, 4, 2, 2), nn.Linear(4, num_classes)
+        self.frozen = nn.Conv2d(4, 5, 1).requires_grad_(False)
+        self.asked = arch
+
+    def every_layer(self, x):
+        Counted.said = (self.asked, tuple(x.shape), self.training, x.device.type, self.conv.weight.device.type)
+        x = self.up(F.relu(self.bn(self.conv(x))))
+        return self.fc(x.mean((2, 3))), self.frozen(x)
+
+
+def test_count_by_hand(monkeypatch):
+    """Oracle: by hand. The weights that are trained, and one product for each weight and place it is used at."""
+    monkeypatch.setitem(model.HEADS, "counted", Counted)
+    monkeypatch.setitem(model.PUBLISHED_CLASSES, "counted", 7)
+    parameters, macs = model.count("tiny", 256, "counted")
+    arch, shape, training, *devices = Counted.said
+    assert arch == ARCHS["tiny"] and shape == (1, 3, 256, 256), f"one image of size 256 is asked for, not {shape}"
+    assert not training, "a model is counted in evaluation mode, model.eval()"
+    assert devices == ["meta", "meta"], f"image and weights are on the meta device, not {devices}"
+    trained = (27 * 8 + 8) + (8 + 8) + (8 * 4 * 4 + 4) + (4 * 7 + 7)
+    what = "trainable parameters, without buffers and what is frozen, of a model of PUBLISHED_CLASSES"
+    assert parameters == trained, f"{parameters} is not the number of {what}: {trained}"
+    products = 128**2 * 27 * 8 + 128**2 * 8 * 4 * 4 + 4 * 7 + 256**2 * 4 * 5
+    what = "multiply-adds of convolutions, transposed ones and the fully connected layer"
+    assert macs == products, f"{macs} is not the number of {what}: {products}; that is {macs / products:.4f} times it"
+
+
+class BlockThree(nn.Module):
+    """Block 3 of a SpineNet with the resampling of its two parents, as a detector that can be counted."""
+
+    def __init__(self, arch, num_classes):
+        super().__init__()
+        backbone = SpineNet(arch)
+        self.resamples, self.group = backbone.resamples["3"], backbone.groups["3"]
+
+    def every_layer(self, x):
+        parents = x.new_empty(2, 1, 256, x.shape[2] // 4, x.shape[3] // 4)
+        return self.group(sum(resample(parent) for resample, parent in zip(self.resamples, parents)))
+
+
+def test_count_of_a_block_by_hand(monkeypatch):
+    """Oracle: by hand, as in docs/COURSE.md. Block 3 of SpineNet-49 at 640: a residual block at level 4, whose parents
+    0 and 1, at level 2, have 256 channels and width 64, so that they are resampled on 32."""
+    monkeypatch.setitem(model.HEADS, "block", BlockThree)
+    monkeypatch.setitem(model.PUBLISHED_CLASSES, "block", 1)
+    parameters, macs = model.count("49", 640, "block")
+    resampling = 256 * 32, 9 * 32 * 32, 32 * 256  # squeeze, halve, expand: weights
+    convolution = 9 * 256 * 256
+    norms = 2 * (2 * (32 + 32 + 256) + 2 * 256)
+    assert parameters == 2 * sum(resampling) + 2 * convolution + norms == 1_233_152, "parameters of block 3"
+    resampling = sum(weights * side**2 for weights, side in zip(resampling, (160, 80, 40)))
+    assert macs == 2 * resampling + 2 * convolution * 40**2 == 2_451_046_400, "multiply-adds of block 3 at 640"
+
+
+class Backbone(nn.Module):
+    """A SpineNet alone, as a detector that can be counted."""
+
+    def __init__(self, arch, num_classes):
+        super().__init__()
+        self.every_layer = SpineNet(arch)
+
+
+@pytest.mark.parametrize("arch, size, gmacs", [(arch, size, gmacs) for head, arch, size, _, gmacs in COUNTS[:4]])
+def test_count_of_the_backbones(arch, size, gmacs, monkeypatch):
+    """Oracle: the authors' code run on TensorFlow, less the two towers and two predictors of RetinaNet by hand."""
+    monkeypatch.setitem(model.HEADS, "backbone", Backbone)
+    monkeypatch.setitem(model.PUBLISHED_CLASSES, "backbone", 1)
+    parameters, macs = model.count(arch, size, "backbone")
+    assert parameters == BACKBONES[arch], f"SpineNet-{arch} has {BACKBONES[arch]:,} parameters, not {parameters:,}"
+    row, pixels = ARCHS[arch], sum((size // 2**L) ** 2 for L in model.LEVELS)
+    channels = [row.endpoint_channels] + [row.head_channels] * row.head_convs
+    tower = sum(9 * a * b for a, b in zip(channels, channels[1:]))
+    head = pixels * (2 * tower + 9 * row.head_channels * 9 * (91 + 4))
+    close = macs / 1e9 == pytest.approx(gmacs - head / 1e9, abs=1e-3 * gmacs)
+    assert close, f"SpineNet-{arch} at {size} has {gmacs - head / 1e9:.2f} G multiply-adds, not {macs / 1e9:.2f} G"
+
+
 @pytest.mark.parametrize("arch", BACKBONES)
 def test_backbone_parameters(arch):
     """Oracle: the authors' code run on TensorFlow, endpoints included."""
     with torch.device("meta"):
         backbone = SpineNet(ARCHS[arch])
-    assert sum(p.numel() for p in backbone.parameters()) == BACKBONES[arch]
+    parameters = sum(p.numel() for p in backbone.parameters())
+    assert parameters == BACKBONES[arch], f"SpineNet-{arch} has {BACKBONES[arch]:,} parameters, not {parameters:,}"
 
 
 @pytest.mark.parametrize("arch, size", [("49", (640, 640)), ("49S", (384, 768)), ("190", (1280, 128))])
@@ -94,30 +243,75 @@ def test_feature_shapes(arch, size):
     with torch.device("meta"):
         features = SpineNet(ARCHS[arch])(torch.empty(2, 3, *size))
     expected = [(2, ARCHS[arch].endpoint_channels, size[0] // 2**L, size[1] // 2**L) for L in range(3, 8)]
-    assert [tuple(f.shape) for f in features] == expected
+    assert [tuple(f.shape) for f in features] == expected, "what leaves is P3..P7, in the order of the levels"
 
 
-@pytest.mark.parametrize("size", [(640, 600), (0, 128), (100, 128), (127, 127)])
+def refusal(call, *args):
+    """What a call is refused with, "" where it isn't."""
+    try:
+        call(*args)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+REFUSED = [
+    (640, 600),
+    (600, 640),
+    (0, 128),
+    (128, 0),
+    (0, 0),
+    (100, 128),
+    (127, 127),
+    (129, 128),
+    (192, 128),
+    (128, 64),
+]
+
+
+@pytest.mark.parametrize("size", REFUSED)
 def test_other_sizes_are_refused(size):
-    """Oracle: the stride of P7. The message names the size and the multiple."""
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}.*multiples of 128"), torch.device("meta"):
-        SpineNet(ARCHS["tiny"])(torch.empty(1, 3, *size))
+    """Oracle: the stride of P7. The message names the size and the multiple, of the function and of the network."""
+    what = f"{size[0]}x{size[1]}"
+    with torch.device("meta"):
+        network = SpineNet(ARCHS["tiny"])
+        for name, said in (
+            ("check_size", refusal(model.check_size, *size)),
+            ("the network", refusal(network, torch.empty(1, 3, *size))),
+        ):
+            assert said, f"{name} takes {what}, where a side is not a positive multiple of 128"
+            assert said.startswith("ValueError: "), f"{name} refuses {what} with a ValueError, not with {said}"
+            assert what in said and "128" in said.replace(what, ""), f"{name} says {what} and 128, not {said!r}"
 
 
-def test_unresampled_parent_follows_the_rule():
-    """Oracle: the authors' rule (spinenet.py:450-458), re-derived: when an output block is built, every earlier
-    block nobody has consumed yet, of its level and width, is added to it and so consumed."""
+@pytest.mark.parametrize("size", [(128, 128), (640, 896), (1280, 384)])
+def test_right_sizes_are_taken(size):
+    """Oracle: the stride of P7."""
+    assert not refusal(model.check_size, *size), f"{size[0]}x{size[1]} are multiples of 128, and taken"
+
+
+def unresampled(spine):
+    """{output block: what joins its sum unresampled} by the authors' rule (spinenet.py:450-458): when an output block
+    is built, every earlier block nobody has consumed yet, of its level and width, is added to it and so consumed."""
     consumed, derived, seen = set(), {}, []
-    for block in SPINE:
+    for block in spine:
         consumed.update(block.parents)
         if block.output:
             alike = [b for b in seen if (b.level, b.kind) == (block.level, block.kind) and not b.output]
             derived[block.number] = tuple(b.number for b in alike if b.number not in consumed)
             consumed.update(derived[block.number])
         seen.append(block)
-    assert derived == {12: (), 13: (), 14: (11,), 15: (), 16: ()}
-    assert {b.number: b.as_is for b in SPINE if b.output} == derived
-    assert all(not b.as_is for b in SPINE if not b.output)
+    return derived
+
+
+def test_unresampled_parent_follows_the_rule():
+    """Oracle: the authors' rule, re-derived. In SPINE it yields one such parent for one output block."""
+    derived = unresampled(SPINE)
+    assert sorted(map(len, derived.values())) == [0, 0, 0, 0, 1]
+    wrong = [b.number for b in SPINE if b.as_is != derived.get(b.number, ())]
+    assert not wrong, "the `as_is` of a block is not what the authors' rule yields: see the comment above SPINE"
 
 
 @pytest.mark.parametrize("head", model.HEADS)
@@ -178,6 +372,15 @@ def test_initial_values_of_mask_rcnn():
     assert len(heads) > 20 and not any(m.bias.any() for m in heads)
 
 
+def official_order(backbone):
+    """A backbone's convolutions and batch norms in the order of the authors' variables: that of the table, whatever the
+    order in which a forward runs them."""
+    parts = [backbone.stem, backbone.groups["0"], backbone.groups["1"]]
+    parts += [part[str(b.number)] for b in backbone.spine for part in (backbone.resamples, backbone.groups)]
+    parts += [backbone.endpoints[str(L)] for L in model.LEVELS]
+    return [m for part in parts for m in part.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+
+
 def run_order(*modules):
     """Hooks that list convolutions and batch norms in the order in which they first run."""
     order = []
@@ -216,14 +419,13 @@ def test_features_equal_the_official_code():
     golden = np.load(GOLDEN)
     backbone = SpineNet(Arch(0.0625, 0.5, 1, 8, 8, 2, 3)).eval()
     x = torch.from_numpy(golden["x"]).permute(0, 3, 1, 2)
-    order = run_order(backbone)
     with torch.no_grad():
-        backbone(x)
-        load_official(golden, order, skip=("retinanet", "rpn_head", "fast_rcnn_head", "mask_head"))
+        load_official(golden, official_order(backbone), skip=("retinanet", "rpn_head", "fast_rcnn_head", "mask_head"))
         features = backbone(x)
     for L, feature in zip(model.LEVELS, features):
         official = torch.from_numpy(golden[f"out_f_{L}"]).permute(0, 3, 1, 2)
-        assert official.std() > 0.01 and (feature - official).abs().max() <= 1e-4
+        far = (feature - official).abs().max()
+        assert official.std() > 0.01 and far <= 1e-4, f"P{L} is {far:.4f} away from the authors' code"
 
 
 def test_features_and_head_equal_the_official_code():
@@ -232,10 +434,10 @@ def test_features_and_head_equal_the_official_code():
     arch = Arch(0.0625, 0.5, 1, 8, 8, 2, 3)
     backbone, head = SpineNet(arch).eval(), RetinaNetHead(8, 8, 2, 6).eval()
     x = torch.from_numpy(golden["x"]).permute(0, 3, 1, 2)
-    order = run_order(backbone, head)
+    order = run_order(head)
     with torch.no_grad():
         head(backbone(x))
-        load_official(golden, order, skip=("rpn_head", "fast_rcnn_head", "mask_head"))
+        load_official(golden, official_order(backbone) + order, skip=("rpn_head", "fast_rcnn_head", "mask_head"))
         features = backbone(x)
         logits, codes = head(features)
     for L, feature in zip(model.LEVELS, features):
@@ -269,12 +471,21 @@ def test_two_stage_heads_equal_the_official_code():
     assert all(golden[name].std() > 0.1 for name in ("out_fc", "out_fb", "out_mo", "out_rs_3", "out_rb_3"))
 
 
-@pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 4)])
+@pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 4), (9, 8)])
 def test_max_pool_pads_as_tensorflow(kernel, stride):
-    """Oracle: TensorFlow's SAME rule by hand: total padding k - s, the smaller half first (1 -> 0 left, 1 right)."""
-    x = torch.randn(1, 2, 16, 8)
-    padded = F.pad(x, (0, 1, 0, 1), value=-torch.inf)
-    assert torch.equal(max_pool_same(x, kernel, stride), F.max_pool2d(padded, kernel, stride))
+    """Oracle: TensorFlow's SAME rule by hand: total padding k - s, the smaller half first (1 -> 0 left, 1 right). Of
+    negative numbers, among which a padded zero would be the maximum; each another, so that no window's is ambiguous."""
+    torch.manual_seed(0)
+    x = -1.0 - torch.randperm(2 * 32 * 16).view(1, 2, 32, 16)
+    given = max_pool_same(x, kernel, stride)
+    assert given.shape == (1, 2, 32 // stride, 16 // stride), f"a pooled side is side / {stride}, not {given.shape}"
+    assert (given < 0).all(), "the padding is never the maximum: zeros win over negative numbers"
+    for name, pooled, expected in (
+        ("inner windows, which need no padding,", given[..., :-1, :-1], F.max_pool2d(x, kernel, stride)),
+        ("all windows", given, F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), kernel, stride)),
+    ):
+        wrong = f"a window begins at a multiple of {stride} and has {kernel} rows and columns, padded right and bottom"
+        assert torch.equal(pooled, expected), f"{name} have another maximum: {wrong}"
 
 
 class CountCalls(TorchFunctionMode):
@@ -317,22 +528,57 @@ def test_stochastic_depth_is_linear_by_block_and_per_image():
     assert not (block.eval()(x) == shortcut).flatten(1).all(1).any()
 
 
-def test_drop_block():
-    """Oracle: DropBlock's definition. Squares vanish, the mean is kept; small maps and float16 work, too."""
+def whole_squares(zeros, side):
+    """Whether what is true in (B, C, H, W) is made of whole squares of that side, of which one at least is alone."""
+    if not zeros.any():
+        return False
+    inside = -F.max_pool2d(-zeros.float(), side, 1)  # where a square that is all true begins
+    counts = zeros.flatten(2).sum(2)
+    alone = int(counts[counts > 0].min()) == side * side
+    return alone and torch.equal(F.max_pool2d(F.pad(inside, [side - 1] * 4), side, 1), zeros.float())
+
+
+@pytest.mark.parametrize(
+    "height, width, side", [(32, 32, 7), (20, 9, 7), (7, 7, 7), (6, 40, 5), (5, 5, 5), (4, 4, 3), (2, 3, 1), (1, 1, 1)]
+)
+def test_drop_block(height, width, side):
+    """Oracle: DropBlock's definition. Squares of the side that fits vanish, in each channel and image others, as many
+    as equation 1 makes them; what is left is scaled by one factor, which keeps the mean."""
     torch.manual_seed(0)
+    x = torch.rand(64, 64 if height * width > 100 else 256, height, width) + 1
+    given = drop_block(x, 0.1, True)
+    assert given.shape == x.shape and given.dtype == x.dtype
+    zeros = given == 0
+    assert zeros.any(), "in training something vanishes"
+    assert whole_squares(zeros, side), f"on a {height} x {width} map whole {side} x {side} squares vanish, nothing else"
+    assert not torch.equal(zeros[:, 0], zeros[:, 1]), "each channel has its own squares"
+    assert not torch.equal(zeros[0], zeros[1]), "each image has its own squares"
+    begins = torch.ones(1, 1, height - side + 1, width - side + 1)
+    covered = F.avg_pool2d(F.pad(begins, [side - 1] * 4), side, 1) * side**2  # by how many places, pixel by pixel
+    gamma = 0.1 * height * width / (side**2 * begins.numel())
+    expected = (1 - (1 - gamma) ** covered).mean().item()
+    share = zeros.float().mean().item()
+    assert share == pytest.approx(expected, rel=0.15), f"at rate 0.1 {share:.3f} of it vanishes, not {expected:.3f}"
+    scale = (given / x)[~zeros]
+    factor = f"what is left is scaled by elements / elements left, {1 / (1 - share):.4f}, not {scale.mean():.4f}"
+    assert torch.allclose(scale, torch.full_like(scale, 1 / (1 - share)), rtol=1e-4), factor
+
+
+def test_drop_block_is_off():
+    """Oracle: identity. In evaluation and at rate 0 the result is `x` itself, no copy."""
     x = torch.ones(8, 16, 32, 32)
-    dropped = drop_block(x, 0.1, training=True)
-    assert 0.05 < (dropped == 0).float().mean() < 0.15
-    assert dropped.mean().item() == pytest.approx(1, abs=1e-3)
-    edges = (dropped == 0).long().diff(dim=-1).ne(0).float().mean()
-    assert edges < 0.06  # isolated pixels at this rate would give 0.18
-    assert drop_block(x, 0.1, training=False) is x and drop_block(x, 0.0, training=True) is x
-    for side in (1, 2, 4, 6):
-        assert drop_block(torch.ones(2, 2, side, side), 0.1, training=True).isfinite().all()
-    large = drop_block(torch.ones(2, 64, 64, 64, dtype=torch.float16), 0.1, training=True)
-    assert (
-        large.dtype == torch.float16 and large.max() < 2 and large.float().mean().item() == pytest.approx(1, abs=2e-3)
-    )
+    assert drop_block(x, 0.1, training=False) is x, "in evaluation DropBlock gives x itself"
+    assert drop_block(x, 0.0, training=True) is x, "at rate 0 DropBlock gives x itself"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_drop_block_in_half_precision(dtype):
+    """Oracle: by hand. 524,288 elements, a number that float16 lacks: the dtype stays, and the mean, to its digits."""
+    torch.manual_seed(0)
+    given = drop_block(torch.ones(2, 64, 64, 64, dtype=dtype), 0.1, training=True)
+    assert given.dtype == dtype, f"the result has the dtype of x, {dtype}, not {given.dtype}"
+    assert 0 < given.max() < 1.2, f"in half precision the scale is to be counted in float32: it is {given.max():.4f}"
+    assert given.float().mean().item() == pytest.approx(1, abs=5e-3), "in half precision the mean is kept"
 
 
 def test_noise_is_off_unless_asked_for():
@@ -380,50 +626,138 @@ def test_conv_bn_by_hand(activation):
         mean, var = layer.bn.running_mean.clone(), layer.bn.running_var.clone()
         y = F.conv2d(x, layer.conv.weight, stride=2, padding=1)
         expected = act(F.batch_norm(y, mean, var, layer.bn.weight, layer.bn.bias, training, 0.01, 1e-3))
-        assert torch.allclose(layer(x), expected, atol=1e-6) and expected.shape == (2, 6, 4, 4)
-    always = ConvBN(4, 6, 1, activation="relu", drop_rate=0.3).train()
+        assert expected.shape == (2, 6, 4, 4)
+        order = f"convolution, batch norm, activation {activation}, in {'training' if training else 'evaluation'}"
+        assert torch.allclose(layer(x), expected, atol=1e-5), f"not as these, one after the other: {order}"
+
+
+def test_drop_block_in_conv_bn():
+    """Oracle: torch's functions, one after the other, with a swish, which tells whether DropBlock comes before it."""
+    layer = ConvBN(4, 6, 1, activation="swish", drop_rate=0.3).train()
+    nn.init.normal_(layer.bn.bias, 3)  # so that nothing but DropBlock makes zeros
     torch.manual_seed(0)
-    zeros = (always(torch.randn(2, 4, 32, 32)) == 0).float().mean()
-    assert zeros > 0.55  # the activation's half, and squares
+    x = torch.randn(16, 4, 32, 32)
+    normed = F.batch_norm(layer.conv(x), None, None, layer.bn.weight, layer.bn.bias, True, eps=1e-3)
+    given = layer(x)
+    zeros = given == 0
+    assert whole_squares(zeros, 7), "in training squares vanish after the batch norm"
+    expected = F.silu(normed / (1 - zeros.float().mean())) * ~zeros
+    assert torch.allclose(given, expected, atol=1e-3), "DropBlock comes before the activation, which sees its scale"
+    layer.eval()
+    expected = F.silu(layer.bn(layer.conv(x)))
+    assert torch.allclose(layer(x), expected, atol=1e-5), "DropBlock is off in evaluation"
+
+
+class Fixed(nn.Module):
+    """A layer that gives what a function says, and knows nothing of randomness."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def test_a_block_by_hand():
-    """Oracle: act(shortcut + branch) written out, with and without a projection; stochastic depth drops the branch."""
+    """Oracle: act(shortcut + branch) written out, with and without a projection, in a test, where nothing is random."""
+    torch.manual_seed(0)
     x = torch.randn(2, 8, 5, 6)
-    for block in (Residual(8, 8).eval(), Bottleneck(8, 2).eval()):
-        assert block.project is None and torch.equal(block(x), F.relu(x + block.branch(x)))
-    block = Bottleneck(8, 4, "swish").eval()
-    assert torch.equal(block(x), F.silu(block.project(x) + block.branch(x)))
-    block = Bottleneck(8, 2, drop_path=1 - 1e-9).train()
-    assert torch.equal(block(x), F.relu(x))
+    for block in (
+        *(Residual(8, 8), Bottleneck(8, 2), Residual(8, 8, "swish"), Bottleneck(8, 4, "swish"), Residual(8, 4)),
+        *(Residual(8, 8, "swish", drop_rate=0.3), Bottleneck(8, 4, "relu", 0.6, 0.3), Bottleneck(8, 2, drop_path=0.6)),
+    ):
+        block.eval()
+        shortcut, branch = x if block.project is None else block.project(x), block.branch(x)
+        act = {"relu": F.relu, "swish": F.silu}[block.activation]
+        given = block(x)
+        mistakes = {
+            "the sum is not activated": shortcut + branch,
+            "the shortcut is activated before the sum": act(shortcut) + branch,
+            "the branch is activated before the sum": shortcut + act(branch),
+            "both are activated before the sum": act(shortcut) + act(branch),
+            "the shortcut is not in the sum": act(branch),
+            "the branch is not in the sum": act(shortcut),
+        }
+        said = [what for what, value in mistakes.items() if torch.allclose(given, value, atol=1e-6)]
+        random = "; nothing is random in evaluation" if block.drop_path or block.drop_rate else ""
+        expected = torch.allclose(given, act(shortcut + branch), atol=1e-6)
+        assert expected, f"a block is act(shortcut + branch): {''.join(said[:1]) or 'this is not'}{random}"
 
 
-@pytest.mark.parametrize("parent, level", [(2, 3), (3, 5), (2, 6), (4, 4), (6, 3)])
+def test_stochastic_depth_by_hand():
+    """Oracle: by hand. At rate 0.25, a branch of nothing but 3 is 0 in a quarter of 4000 images, 3 / 0.75 in the
+    others, all over an image, while the shortcut stays."""
+    block = Residual(8, 8, drop_path=0.25).train()
+    block.branch = nn.Sequential(Fixed(lambda x: torch.full_like(x, 3)))
+    torch.manual_seed(0)
+    given = block(torch.ones(4000, 8, 2, 2)).flatten(1)
+    assert (given >= 1).all(), "stochastic depth drops the branch, never the shortcut"
+    assert torch.equal(given, given[:, :1].expand_as(given)), "stochastic depth drops all of an image's branch, or none"
+    branch = given[:, 0] - 1
+    assert 0 < (branch == 0).sum() < 4000, "stochastic depth draws for each image of a batch on its own"
+    share = (branch == 0).float().mean().item()
+    assert share == pytest.approx(0.25, abs=0.04), f"drop_path is the share of dropped branches: 0.25, not {share:.2f}"
+    survived = branch[branch != 0]
+    rescaled = f"a branch that survives is divided by the survival rate: 3 / 0.75 = 4, not {survived.mean():.2f}"
+    assert torch.allclose(survived, torch.tensor(4.0)), rescaled
+    assert torch.equal(block.eval()(torch.ones(9, 8, 2, 2)), torch.full((9, 8, 2, 2), 4.0)), "none in evaluation"
+
+
+@pytest.mark.parametrize("channels", [8, 4])
+def test_drop_block_on_the_shortcut(channels):
+    """Oracle: by hand. A shortcut of nothing but 2, be it the input or a projection, loses squares and is scaled; the
+    branch, of nothing but 1, has had its own DropBlock and stays as it is."""
+    block = Residual(channels, 8, drop_rate=0.1).train()
+    block.branch = nn.Sequential(Fixed(lambda x: torch.ones(len(x), 8, *x.shape[-2:])))
+    if block.project is not None:
+        block.project = Fixed(lambda x: torch.full((len(x), 8, *x.shape[-2:]), 2.0))
+    kind = "the identity" if block.project is None else "a projection"
+    torch.manual_seed(0)
+    given = block(torch.full((64, channels, 32, 32), 2.0))
+    assert (given >= 1).all(), "in a block DropBlock is applied to the shortcut, not to the branch or the sum"
+    zeros = given == 1
+    assert zeros.any(), f"DropBlock is applied to the shortcut, which is {kind} here"
+    assert whole_squares(zeros, 7) and 0.08 < zeros.float().mean() < 0.11, "of the shortcut squares vanish at drop_rate"
+    assert torch.allclose(given[~zeros] - 1, 2 / (1 - zeros.float().mean()), rtol=1e-4), "its rest is scaled"
+    assert (block.eval()(torch.full((64, channels, 32, 32), 2.0)) == 3).all(), "DropBlock is off in evaluation"
+
+
+@pytest.mark.parametrize("parent, level", [(2, 3), (3, 5), (2, 5), (2, 6), (4, 4), (4, 3), (6, 3)])
 def test_resample_by_hand(parent, level):
     """Oracle: the paper's Figure 5 written out: squeeze; halve by a convolution and pool, or repeat; expand."""
-    resample = Resample(16, 8, parent, 12, level, 0.5).eval()
-    x = torch.randn(1, 16, 2 ** (8 - parent), 2 ** (8 - parent))
-    y = resample.squeeze(x)
+    torch.manual_seed(0)
+    resample = Resample(16, 8, parent, 12, level, 0.5, "swish").eval()
+    x = torch.randn(1, 16, 2 ** (9 - parent), 2 ** (8 - parent))
+    y, steps = resample.squeeze(x), ["squeeze"]
     if level > parent:
-        y = resample.down(y)
+        y, steps = resample.down(y), [*steps, "a convolution of stride 2"]
         if level > parent + 1:
             stride = 2 ** (level - parent - 1)
             y = F.max_pool2d(F.pad(y, (0, 1, 0, 1), value=-torch.inf), stride + 1, stride)
-    else:
+            steps.append(f"a max-pool of kernel {stride + 1} and stride {stride}")
+    elif level < parent:
         y = y.repeat_interleave(2 ** (parent - level), 2).repeat_interleave(2 ** (parent - level), 3)
-    assert torch.equal(resample(x), resample.expand(y)) and resample.expand.activation is None
+        steps.append(f"each pixel {2 ** (parent - level)} x {2 ** (parent - level)} times")
+    expected, given = resample.expand(y), resample(x)
+    how = f"from level {parent} to {level}, in this order: {', '.join([*steps, 'expand'])}, with no activation after it"
+    assert given.shape == expected.shape and torch.allclose(given, expected, atol=1e-5), how
+    assert resample.expand.activation is None
 
 
-def test_initializer():
-    """Oracle: statistics. Zero mean, standard deviation sqrt(1 / fan_in), nothing beyond 2 / 0.87962566 of it."""
+@pytest.mark.parametrize("inputs, outputs, kernel", [(64, 256, 3), (256, 1024, 1)])
+def test_initializer(inputs, outputs, kernel):
+    """Oracle: statistics. Zero mean, standard deviation sqrt(1 / fan_in), nothing beyond 2 / 0.87962566 of it, and as
+    many within 1 / 0.87962566 of it as a normal distribution that is cut, not clipped, has: 0.7152."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(64, 256, 3)
+    conv = nn.Conv2d(inputs, outputs, kernel)
     with torch.no_grad():
         conv.weight.zero_()
     init_conv_(conv)
-    std = (1 / (64 * 9)) ** 0.5
-    assert conv.weight.std().item() == pytest.approx(std, rel=0.01) and abs(conv.weight.mean().item()) < std / 50
-    assert 1.9 < conv.weight.abs().max().item() / std * 0.87962566 <= 2.0001
+    std = (1 / (inputs * kernel**2)) ** 0.5
+    ratio = conv.weight.std().item() / std
+    assert ratio == pytest.approx(1, rel=0.01), f"the standard deviation is {ratio:.3f} times sqrt(1 / fan_in)"
+    assert abs(conv.weight.mean().item()) < std / 50, "the mean is not 0"
+    sigmas = conv.weight.abs() / std * 0.87962566
+    assert 1.9 < sigmas.max().item() <= 2.0001, f"the largest is {sigmas.max():.2f} sigma: cut at 2 sigma"
+    assert (sigmas < 1).float().mean().item() == pytest.approx(0.7152, abs=0.01), "not a normal distribution, cut"
 
 
 @pytest.mark.parametrize("parent, level", [(2, 3), (2, 4), (2, 5), (2, 6), (4, 4), (6, 3)])
@@ -431,7 +765,8 @@ def test_resample_shapes(parent, level):
     """Oracle: by hand. A parent of one level arrives at the other's size and channels."""
     resample = Resample(64, 16, parent, 40, level, 0.5)
     out = resample(torch.randn(2, 64, 2 ** (8 - parent), 2 ** (8 - parent)))
-    assert out.shape == (2, 40, 2 ** (8 - level), 2 ** (8 - level))
+    size = 2 ** (8 - level)
+    assert out.shape == (2, 40, size, size), f"from level {parent} to {level} to 40 channels, {size} x {size} pixels"
     assert resample.squeeze.conv.out_channels == 8
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 from import_official import RELEASED
 from make_assignment import ASSIGNMENTS, ROOT, body_of
+from test_model import unresampled
 
+import blocks
 import data
 import model
 import train
@@ -154,6 +156,43 @@ def test_the_assignments_table():
             body = body_of((ROOT / f"{module}.py").read_text(), qualified)
             count += sum(bool(line.strip()) and not line.strip().startswith("#") for line in body)
         assert abs(int(lines) - count) <= 5, (name, count)
+
+
+def test_the_worked_examples_of_a1():
+    """Oracle: blocks.py. The steps, the pooled row and the numbers are what it makes."""
+    resample = blocks.Resample(256, 64, 2, 1024, 5, 0.5)
+    seen = []
+    for part in (resample.squeeze, resample.down, resample.expand):
+        part.register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
+    resample(torch.empty(1, 256, 160, 160))
+    assert [(out[1], out[2]) for _, out in seen] == [(32, 160), (32, 80), (1024, 20)] and seen[2][0][2] == 20
+    row = torch.tensor([-5.0, -1, -7, -2, -8, -3, -6, -4]).view(1, 1, 1, 8).expand(1, 1, 8, 8)
+    assert blocks.max_pool_same(row, 3, 2)[0, 0, 0].tolist() == [-1, -2, -3, -4]
+    for said in ("-5 -1 -7 -2 -8 -3 -6 -4 |", "| -1 -2 -3 -4 |", "| 1024 | 20 |", "= 0.0042", "= 0.0474", "0.0947"):
+        assert said in TEXT, said
+    assert f"{0.1 * 400 / (49 * 14**2):.4f}" == "0.0042" and f"{2 / 24 / 0.87962566:.4f}" == "0.0947"
+
+
+def test_the_worked_examples_of_a2():
+    """Oracle: the rows themselves, and the rule as tests/test_model.py has it. The table of block 3 adds up; the
+    made-up table has the unresampled parent that is said; what is to be found in SPINE is said nowhere."""
+    row = r"^\| [^|]*?(\d)×\d[^|]*? (\d+) → (\d+) \| ([\d,]+) \| (\d+) \| (\d+)² \| ([\d,]+) \|"
+    rows = re.findall(row, TEXT, re.MULTILINE)
+    assert len(rows) == 4
+    rows = [[int(number.replace(",", "")) for number in row] for row in rows]
+    for kernel, inputs, outputs, weights, norm, side, macs in rows:
+        assert (weights, norm, macs) == (kernel**2 * inputs * outputs, 2 * outputs, weights * side**2)
+    weights, norms, macs = (2 * sum(row[k] for row in rows) for k in (3, 4, 6))
+    assert f"**{weights:,}** | **{norms:,}** | | **{macs:,}**" in TEXT and f"{weights + norms:,} parameters" in TEXT
+    parent = [sum(row[k] for row in rows[:3]) for k in (3, 4, 6)]
+    assert "| *one parent* | {:,} | {} | | {:,} |".format(*parent) in TEXT
+
+    rows = re.findall(r"^\| (\d) \| (\d), (\w+)(, output)? \| (\d), (\d) \| [\d ]+ \| (.*)\|$", TEXT, re.MULTILINE)
+    spine = [model.Block(int(n), int(L), kind, (int(a), int(b)), (), bool(out)) for n, L, kind, out, a, b, _ in rows]
+    assert len(spine) == 8
+    said = {int(row[0]): tuple(map(int, re.findall(r"as_is=\((\d),\)", row[-1]))) for row in rows if row[3]}
+    assert said == unresampled(spine) == {6: (), 8: (7,)}
+    assert not any(text in TEXT for _, text in ASSIGNMENTS["a2"].removed)
 
 
 # The house: seven files, each to be read at one sitting.
