@@ -105,7 +105,7 @@ ARCHS = {
     "143": Arch(1.0, 1.0, 3, 256, 256, 4, 4),
     "190": Arch(1.3, 1.0, 4, 512, 512, 7, 4, rcnn_channels=384, rcnn_convs=7, rcnn_anchor_size=5),
     # Not in the paper: for CPUs and lessons.
-    "tiny": Arch(0.25, 0.5, 1, 64, 64, 2, 2, rcnn_channels=32, rcnn_fc_channels=256, rcnn_convs=2, rcnn_anchor_size=2),
+    "tiny": Arch(0.25, 0.5, 1, 64, 64, 2, 3, rcnn_channels=32, rcnn_fc_channels=256, rcnn_convs=2),
 }
 
 
