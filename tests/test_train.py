@@ -92,9 +92,9 @@ def test_recipe_rows_exceptions_and_flags():
     assert default["clip"] == 10 and "rois" not in default and "mask_rois" not in default
     assert recipe_of("--arch", 143, "--jitter", 0.1, 1.9)["jitter"] == [0.1, 1.9]
     toy = recipe_of("--arch", 49, "--protocol", "toy", "--head", "mask_rcnn")
-    assert (toy["rois"], toy["mask_rois"], toy["epochs"], toy["eval_every"]) == (64, 16, 26, 13)
+    assert (toy["rois"], toy["mask_rois"], toy["epochs"], toy["eval_every"]) == (64, 16, 28, 14)
     tiny = recipe_of("--arch", "tiny", "--protocol", "toy", "--head", "mask_rcnn")
-    assert (tiny["rois"], tiny["mask_rois"], tiny["epochs"], tiny["eval_every"]) == (64, 16, 16, 8)
+    assert (tiny["rois"], tiny["mask_rois"], tiny["epochs"], tiny["eval_every"]) == (64, 16, 18, 9)
     overfit = recipe_of("--overfit", 8, "--epochs", 7)
     assert (overfit["jitter"], overfit["flip"], overfit["batch_size"], overfit["epochs"]) == ([1, 1], False, 8, 7)
     assert default["network"] == ARCHS["49"].plain()
