@@ -60,6 +60,52 @@ def test_widths_by_hand(arch, widths):
         assert width == expected, f"the width of SpineNet-{arch} at level {level} is {expected}, not {width}: {how}"
 
 
+def refusal(call, *args):
+    """What a call is refused with, "" where it isn't."""
+    try:
+        call(*args)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+REFUSED = [
+    (640, 600),
+    (600, 640),
+    (0, 128),
+    (128, 0),
+    (0, 0),
+    (100, 128),
+    (127, 127),
+    (129, 128),
+    (192, 128),
+    (128, 64),
+]
+
+
+@pytest.mark.parametrize("size", REFUSED)
+def test_other_sizes_are_refused(size):
+    """Oracle: the stride of P7. The message names the size and the multiple, of the function and of the network."""
+    what = f"{size[0]}x{size[1]}"
+    with torch.device("meta"):
+        network = SpineNet(ARCHS["tiny"])
+        for name, said in (
+            ("check_size", refusal(model.check_size, *size)),
+            ("the network", refusal(network, torch.empty(1, 3, *size))),
+        ):
+            assert said, f"{name} takes {what}, where a side is not a positive multiple of 128"
+            assert said.startswith("ValueError: "), f"{name} refuses {what} with a ValueError, not with {said}"
+            assert what in said and "128" in said.replace(what, ""), f"{name} says {what} and 128, not {said!r}"
+
+
+@pytest.mark.parametrize("size", [(128, 128), (640, 896), (1280, 384)])
+def test_right_sizes_are_taken(size):
+    """Oracle: the stride of P7."""
+    assert not refusal(model.check_size, *size), f"{size[0]}x{size[1]} are multiples of 128, and taken"
+
+
 ANY_SPINE = tuple(b._replace(as_is={8: (4,), 12: (7, 5), 14: (10,)}.get(b.number, ())) for b in SPINE)
 ANY_SPINE = tuple(b._replace(level=3, kind="bottleneck") if b.number == 8 else b for b in ANY_SPINE)
 
@@ -164,8 +210,10 @@ class Counted(nn.Module):
 def test_count_by_hand(monkeypatch):
     """Oracle: by hand. The weights that are trained, and one product for each weight and place it is used at."""
     monkeypatch.setitem(model.HEADS, "counted", Counted)
+    monkeypatch.setattr(Counted, "said", None)
     monkeypatch.setitem(model.PUBLISHED_CLASSES, "counted", 7)
     parameters, macs = model.count("tiny", 256, "counted")
+    assert Counted.said, "the detector of `head` is built by build_model, and its every_layer run"
     arch, shape, training, *devices = Counted.said
     assert arch == ARCHS["tiny"] and shape == (1, 3, 256, 256), f"one image of size 256 is asked for, not {shape}"
     assert not training, "a model is counted in evaluation mode, model.eval()"
@@ -244,52 +292,6 @@ def test_feature_shapes(arch, size):
         features = SpineNet(ARCHS[arch])(torch.empty(2, 3, *size))
     expected = [(2, ARCHS[arch].endpoint_channels, size[0] // 2**L, size[1] // 2**L) for L in range(3, 8)]
     assert [tuple(f.shape) for f in features] == expected, "what leaves is P3..P7, in the order of the levels"
-
-
-def refusal(call, *args):
-    """What a call is refused with, "" where it isn't."""
-    try:
-        call(*args)
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-REFUSED = [
-    (640, 600),
-    (600, 640),
-    (0, 128),
-    (128, 0),
-    (0, 0),
-    (100, 128),
-    (127, 127),
-    (129, 128),
-    (192, 128),
-    (128, 64),
-]
-
-
-@pytest.mark.parametrize("size", REFUSED)
-def test_other_sizes_are_refused(size):
-    """Oracle: the stride of P7. The message names the size and the multiple, of the function and of the network."""
-    what = f"{size[0]}x{size[1]}"
-    with torch.device("meta"):
-        network = SpineNet(ARCHS["tiny"])
-        for name, said in (
-            ("check_size", refusal(model.check_size, *size)),
-            ("the network", refusal(network, torch.empty(1, 3, *size))),
-        ):
-            assert said, f"{name} takes {what}, where a side is not a positive multiple of 128"
-            assert said.startswith("ValueError: "), f"{name} refuses {what} with a ValueError, not with {said}"
-            assert what in said and "128" in said.replace(what, ""), f"{name} says {what} and 128, not {said!r}"
-
-
-@pytest.mark.parametrize("size", [(128, 128), (640, 896), (1280, 384)])
-def test_right_sizes_are_taken(size):
-    """Oracle: the stride of P7."""
-    assert not refusal(model.check_size, *size), f"{size[0]}x{size[1]} are multiples of 128, and taken"
 
 
 def unresampled(spine):
@@ -633,7 +635,7 @@ def test_conv_bn_by_hand(activation):
 
 def test_drop_block_in_conv_bn():
     """Oracle: torch's functions, one after the other, with a swish, which tells whether DropBlock comes before it."""
-    layer = ConvBN(4, 6, 1, activation="swish", drop_rate=0.3).train()
+    layer = ConvBN(4, 6, 1, activation="swish", drop_rate=0.1).train()
     nn.init.normal_(layer.bn.bias, 3)  # so that nothing but DropBlock makes zeros
     torch.manual_seed(0)
     x = torch.randn(16, 4, 32, 32)
