@@ -37,7 +37,7 @@ BOX_POOL, MASK_POOL = 7, 14  # cells of a RoI's features, per side
 
 @functools.lru_cache(maxsize=16)
 def make_anchors(size, anchor_size, device="cpu", scales=SCALES, aspects=ASPECTS):
-    """Every anchor of an image of `size` (height, width): (A, 4) xyxy float32. Shared: do not write to it.
+    """Every anchor of an image of `size` (height, width): (A, 4) xyxy float32 on `device`. Shared: don't write.
 
     Levels P3..P7 in turn, locations row by row, and at each location scale-major, then aspect. The base
     side s is anchor_size strides times the scale; an anchor of aspect a is s sqrt(a) wide and s / sqrt(a) high.
@@ -128,7 +128,7 @@ class Tower(nn.Module):
 class RetinaNetHead(nn.Module):
     """Two towers: class logits (B, A, K) and box codes (B, A, 4) from P3..P7, in the order of `make_anchors`.
 
-    Source: RetinaNet section 4, Figure 3; authors' heads.py.
+    The last layers run through `predict`. Source: RetinaNet section 4, Figure 3; authors' heads.py.
     """
 
     def __init__(self, in_channels, channels, convs, num_classes, activation="relu"):
@@ -154,8 +154,8 @@ class RetinaNetHead(nn.Module):
 class RPNHead(nn.Module):
     """Region proposal network: is there an object, and which box? From P3..P7, lists by level.
 
-    Objectness logits [(B, A_L)] and box codes [(B, A_L, 4)], in the order of `make_anchors`, one scale.
-    Source: Faster R-CNN section 3.1; authors' heads.py, RpnHead.
+    Objectness logits [(B, A_L)] and box codes [(B, A_L, 4)], both from the tower and through `predict`, in the order
+    of `make_anchors`, one scale. Source: Faster R-CNN section 3.1; authors' heads.py, RpnHead.
     """
 
     def __init__(self, in_channels, channels, convs, activation="relu"):
@@ -195,8 +195,8 @@ def roi_convs(in_channels, channels, convs, activation):
 class BoxHead(nn.Module):
     """What is in a RoI, and which box has it exactly? (N, C, 7, 7) -> class logits (N, K + 1), codes (N, K + 1, 4).
 
-    Output 0 is the background's; the codes are relative to the RoI, with BOX_CODE_WEIGHTS.
-    Source: Mask R-CNN section 3; authors' heads.py, FastrcnnHead, with the 4 convolutions and 1 layer of their yaml.
+    Convolutions, 4 in the authors' yaml; a layer, batch norm, act; two last layers, by `predict`. Output 0 is the
+    background's; codes are relative to the RoI, in BOX_CODE_WEIGHTS. Source: Mask R-CNN section 3; their FastrcnnHead.
     """
 
     def __init__(self, in_channels, channels, convs, fc_channels, num_classes, activation="relu"):
@@ -216,7 +216,7 @@ class BoxHead(nn.Module):
 class MaskHead(nn.Module):
     """Which pixels of a RoI are the object's? (N, C, 14, 14) -> a logit map per class, (N, K + 1, 28, 28).
 
-    Output 0, the background's, is never used. Source: Mask R-CNN Figure 4; authors' heads.py, MaskrcnnHead.
+    The last layer by `predict`. Output 0, background's, is never used. Mask R-CNN Figure 4; authors' MaskrcnnHead.
     """
 
     def __init__(self, in_channels, channels, convs, num_classes, activation="relu"):
@@ -239,10 +239,10 @@ def per_anchor(x, values):
 def propose(objectness, codes, anchors, sizes, candidates):
     """Each image's proposals, best first: B tensors (N, 4) xyxy, N <= 1000, clipped to sizes (B, 2): (height, width).
 
-    objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level; `candidates` per level go into NMS, after
-    which the best MAX_PROPOSALS per level stay, and then per image. No box is left out for its size, not even one that
-    clipping leaves without area. Nothing waits for the device but NMS, which tells the host how many boxes it keeps.
-    Source: Faster R-CNN section 3.3; authors' roi_ops.py.
+    objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level. The best `candidates` of each level are
+    clipped and go into an NMS of that level alone, IoU 0.7; the best MAX_PROPOSALS of each stay, and then of the image.
+    No box is left out for its size, not even one that clipping leaves without area. Nothing waits for the device but
+    NMS, which tells the host how many boxes it keeps. Source: Faster R-CNN section 3.3; authors' roi_ops.py.
     """
     levels = []
     for level_logits, level_codes, level_anchors in zip(objectness, codes, anchors):
@@ -306,8 +306,8 @@ def detect(scores, boxes, size):
     """The detections of one image, best first: a dict of boxes (N, 4), scores (N,), labels (N,), N <= 100.
 
     scores (A, K) in 0..1; boxes (A, K, 4), or (A, 1, 4) where the classes share them, in pixels of the network's input;
-    size (2,): (height, width) of the image's own region, to which boxes are clipped. Scores above 0.05, per-class NMS
-    at IoU 0.5. Source: RetinaNet section 4.1, "Inference"; Mask R-CNN section 3.1; authors' postprocess_ops.py.
+    size (2,): (height, width) of the image's own region. The 5000 best scores above 0.05, boxes clipped to the region,
+    NMS of each class at IoU 0.5. Source: RetinaNet section 4.1; Mask R-CNN section 3.1; authors' postprocess_ops.py.
     """
     num_classes = scores.shape[1]
     scores = scores.flatten()  # (A K,)

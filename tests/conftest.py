@@ -62,6 +62,15 @@ def mask_run(shapes, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def as_one_of_two_ranks(monkeypatch):
+    """torch.distributed as on one of two ranks, where the other has counted twice what this one has."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, *_, **__: count.mul_(3))
+
+
 @pytest.fixture(autouse=True)
 def signals_restored():
     """train.main takes over SIGTERM and Ctrl-C; give them back to pytest."""

@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms, box_iou, sigmoid_focal_loss
 
 import heads
 import loss
-from heads import clip_boxes, decode_boxes, detect, encode_boxes, make_anchors
+from heads import RetinaNetHead, Tower, clip_boxes, decode_boxes, detect, encode_boxes, make_anchors, per_anchor
 from loss import focal_loss, match_anchors, retinanet_loss
 from model import build_model
 
@@ -26,48 +26,46 @@ def official(prefix, width):
     return torch.cat([torch.from_numpy(OFFICIAL[f"{prefix}_{L}"]).reshape(shape) for L in range(3, 8)])
 
 
+def same(ours, expected, what, rtol=0.0, atol=0.0):
+    """Fails where a tensor is not the expected one, and says of what, and how it differs first."""
+    assert isinstance(ours, torch.Tensor), f"{what}: no tensor, but {type(ours).__name__}"
+    for name, found, wanted in (("shape", ours.shape, expected.shape), ("dtype", ours.dtype, expected.dtype)):
+        assert found == wanted, f"{what}: {name} {found}, not {wanted}"
+    near = torch.isclose(ours, expected, rtol=rtol, atol=atol) if ours.is_floating_point() else ours == expected
+    if not near.all():
+        first = (~near).nonzero()[0].tolist()
+        row = tuple(first[:-1] if ours.ndim > 1 and ours.shape[-1] <= 4 else first)
+        found, wanted = ours[row].tolist(), expected[row].tolist()
+        raise AssertionError(f"{what}: {(~near).sum()} of {near.numel()} differ, at {list(row)} {found}, not {wanted}")
+
+
+def test_anchors_by_hand():
+    """Oracle: by hand. Count, order, centres and sides where height and width differ; other scales and aspects."""
+    anchors = make_anchors((128, 384), 3)
+    expected = (9 * (16 * 48 + 8 * 24 + 4 * 12 + 2 * 6 + 1 * 3), 4)
+    assert anchors.shape == expected, f"9 anchors (4 sides each) of each location of P3 to P7: not {expected}"
+    centres, sides = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
+    assert centres[0].tolist() == [4, 4], "the first location's centre is half a stride from the corner: (4, 4)"
+    after = "locations go row by row, x first, over 384 / 8 = 48 columns and 16 rows"
+    assert centres[9].tolist() == [12, 4] and centres[9 * 48].tolist() == [4, 12], after
+    assert centres[9 * 48 * 16].tolist() == [8, 8], "P4's anchors begin where P3's end, with stride 16"
+    assert sides[0].tolist() == [24, 24], "the first anchor has scale 1 and aspect 1: 3 strides of 8 pixels a side"
+    wide = [24 * 2**0.5, 24 / 2**0.5]
+    assert sides[3].tolist() != pytest.approx(wide), "an anchor's number is scale-major: all aspects of the first scale"
+    assert sides[1].tolist() == pytest.approx(wide), "an anchor of aspect 2 is wide: s sqrt(2) by s / sqrt(2)"
+    assert sides[3].tolist() == pytest.approx([24 * 2 ** (1 / 3)] * 2), "the second scale is the cube root of 2"
+    other = make_anchors((128, 128), 4, "cpu", (0.5, 2.0), (4.0,))
+    sides = (other[:, 2:] - other[:, :2])[:2].tolist()
+    assert sides == [[32, 8], [128, 32]], "with scales (0.5, 2) and aspects (4,), from 4 strides of 8 pixels"
+    assert make_anchors((128, 128), 3, "meta").device.type == "meta", "the anchors are on the device that was asked for"
+
+
 @pytest.mark.parametrize("anchor_size", [3, 4])
 def test_anchors_equal_the_official_code(anchor_size):
     """Oracle: the authors' anchors, to the last bit but for the order of x and y."""
-    anchors = make_anchors((128, 128), anchor_size)
-    assert anchors.dtype == torch.float32
-    assert torch.equal(anchors, torch.from_numpy(OFFICIAL[f"anchors_{anchor_size}"])[:, XY])
-
-
-def test_anchors_of_a_non_square_image():
-    """Oracle: by hand. Count, order and centre where height and width differ."""
-    anchors = make_anchors((128, 384), 3)
-    assert anchors.shape == (9 * (16 * 48 + 8 * 24 + 4 * 12 + 2 * 6 + 1 * 3), 4)
-    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-    assert centres[0].tolist() == [4, 4] and centres[9].tolist() == [12, 4] and centres[9 * 48].tolist() == [4, 12]
-    sides = anchors[:, 2:] - anchors[:, :2]
-    assert sides[0].tolist() == [24, 24]
-    assert sides[1].tolist() == pytest.approx([24 * 2**0.5, 24 / 2**0.5])  # aspect 2 is wide
-
-
-@pytest.mark.parametrize("case", ["s0", "s1"])
-def test_targets_and_losses_equal_the_official_code(case):
-    """Oracle: the authors' labels exactly; box targets and both losses to 1e-5 relative."""
-    anchors = make_anchors((128, 128), 3)
-    boxes = torch.zeros(1, 100, 4)
-    labels = torch.full((1, 100), -1)
-    gt, cls = torch.from_numpy(OFFICIAL[f"{case}_gt"]), torch.from_numpy(OFFICIAL[f"{case}_cls"])
-    boxes[0, : len(gt)], labels[0, : len(gt)] = gt[:, XY], cls[:, 0].long()
-
-    matched_labels, matched_boxes = match_anchors(anchors, boxes[0], labels[0])
-    assert torch.equal(matched_labels, official(f"{case}_ct", 0).long())
-    positive = matched_labels >= 0
-    codes, expected = encode_boxes(matched_boxes, anchors)[positive], official(f"{case}_bt", 4)[positive][:, XY]
-    assert torch.allclose(codes, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(matched_boxes[~positive], anchors[~positive])
-
-    positives, class_loss, box_loss = OFFICIAL[f"{case}_loss"].tolist()
-    assert positive.sum() == positives
-    logits = official(f"{case}_co", 7)[None]  # output 0, the background's, is one more class that never occurs
-    codes = official(f"{case}_bo", 4)[None][..., XY]
-    losses = retinanet_loss(logits, codes, anchors, dict(boxes=boxes, labels=labels))
-    assert losses["class"].item() == pytest.approx(class_loss, rel=1e-5)
-    assert losses["box"].item() / 50 == pytest.approx(box_loss, rel=1e-5)
+    official_anchors = torch.from_numpy(OFFICIAL[f"anchors_{anchor_size}"])[:, XY]
+    what = "anchors are the authors' to the last bit, with float64 sides, and float32 after that"
+    same(make_anchors((128, 128), anchor_size), official_anchors, what)
 
 
 def random_boxes(generator, count, size=128):
@@ -76,28 +74,65 @@ def random_boxes(generator, count, size=128):
     return torch.cat((corners.amin(1), corners.amax(1) + 4), dim=1)
 
 
+def test_encode_by_hand():
+    """Oracle: by hand."""
+    code = encode_boxes(torch.tensor([10.0, 20.0, 30.0, 30.0]), torch.tensor([0.0, 20.0, 20.0, 40.0]))
+    assert code[:2].tolist() == pytest.approx([0.5, -0.25]), "dx, dy: from the anchor's centre to the box's, in sides"
+    assert code[2:].tolist() == pytest.approx([0.0, np.log(0.5)], abs=1e-6), "log of the box's side by the anchor's"
+    code = encode_boxes(torch.tensor([0.0, 0.0, 8.0, 2.0]), torch.tensor([0.0, 0.0, 4.0, 16.0]))
+    expected = [0.5, -7 / 16, np.log(2), np.log(1 / 8)]
+    assert code.tolist() == pytest.approx(expected), "dx and dw by the anchor's width, dy and dh by its height"
+
+
+def test_box_code_weights():
+    """Oracle: by hand, and the identity. Weights (10, 5) multiply the code; the clamp stays at log(1000 / 16)."""
+    box, anchor = torch.tensor([10.0, 20, 30, 30]), torch.tensor([0.0, 20, 20, 40])
+    code = encode_boxes(box, anchor, (10.0, 5.0))
+    expected = [5.0, -2.5, 0.0, 5 * np.log(0.5)]
+    assert code.tolist() == pytest.approx(expected), "weights multiply the code: the first dx, dy, the second log sides"
+    same(decode_boxes(code, anchor, (10.0, 5.0)), box, "decoding divides by the weights", atol=1e-4)
+    wide = decode_boxes(torch.tensor([0.0, 0, 999, 0]), anchor, (10.0, 5.0))
+    clamped = "what is clamped is the log of the side, after its weight is divided away"
+    assert (wide[2] - wide[0]).item() == pytest.approx(20 * 1000 / 16), clamped
+
+
 def test_encode_and_decode_are_inverse():
-    """Oracle: identity on random boxes and anchors, both ways; the clamp bounds the side."""
+    """Oracle: identity on random boxes and anchors, both ways; the clamp bounds the side, from above alone."""
+    anchor = torch.tensor([[0.0, 0.0, 8.0, 8.0]])
+    wide = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, 1.0]]), anchor)
+    assert (wide[0, 2] - wide[0, 0]).item() == pytest.approx(8 * 1000 / 16), "a side is at most 62.5 anchors'"
+    small = decode_boxes(torch.tensor([[0.0, 0.0, -8.0, 0.0]]), anchor)
+    assert (small[0, 2] - small[0, 0]).item() == pytest.approx(8 * np.exp(-8), rel=0.01), "only large sides are clamped"
     generator = torch.Generator().manual_seed(0)
     boxes, anchors = random_boxes(generator, 1000), random_boxes(generator, 1000)
-    assert torch.allclose(decode_boxes(encode_boxes(boxes, anchors), anchors), boxes, atol=1e-3)
+    same(decode_boxes(encode_boxes(boxes, anchors), anchors), boxes, "decoding inverts encoding", atol=1e-3)
     codes = torch.randn(1000, 4, generator=generator)
-    assert torch.allclose(encode_boxes(decode_boxes(codes, anchors), anchors), codes, atol=1e-3)
-    wide = decode_boxes(torch.tensor([[0.0, 0.0, 99.0, 1.0]]), torch.tensor([[0.0, 0.0, 8.0, 8.0]]))
-    assert (wide[0, 2] - wide[0, 0]).item() == pytest.approx(8 * 1000 / 16)
+    decoded = decode_boxes(codes.clone(), anchors)
+    same(encode_boxes(decoded, anchors), codes, "encoding inverts decoding", atol=1e-3)
+
+
+def test_decoding_half_precision_for_many_classes():
+    """Oracle: the same in float32, and a box at a time. The leading dimensions broadcast; boxes are float32."""
+    generator = torch.Generator().manual_seed(0)
+    anchors, codes = random_boxes(generator, 50), torch.randn(2, 50, 3, 4, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        rounded = codes.to(dtype).float()
+        expected = [decode_boxes(rounded[b, a, k], anchors[a]) for b in range(2) for a in range(50) for k in range(3)]
+        what = f"codes (2, 50, 3, 4) of {dtype} on anchors (50, 1, 4), as float32"
+        found = decode_boxes(codes.to(dtype), anchors[:, None])
+        same(found, torch.stack(expected).reshape(2, 50, 3, 4), what, rtol=1e-5, atol=1e-4)
 
 
 def test_clipping():
     """Oracle: by hand. Each image's boxes are clipped to its own (height, width)."""
-    boxes = torch.tensor([[[-5.0, -6, 30, 40], [10, 10, 20, 20]]]).repeat(2, 1, 1)
+    boxes = torch.tensor([[[-5.0, -6, 30, 40], [10, 10, 20, 20], [50, -9, 60, -7]]]).repeat(2, 1, 1)
     clipped = clip_boxes(boxes, torch.tensor([[32.0, 24], [15, 18]]))
-    assert clipped.tolist() == [[[0, 0, 24, 32], [10, 10, 20, 20]], [[0, 0, 18, 15], [10, 10, 18, 15]]]
-
-
-def test_encode_by_hand():
-    """Oracle: by hand."""
-    code = encode_boxes(torch.tensor([10.0, 20.0, 30.0, 30.0]), torch.tensor([0.0, 20.0, 20.0, 40.0]))
-    assert code.tolist() == pytest.approx([0.5, -0.25, 0.0, np.log(0.5)])
+    expected = [
+        [[0, 0, 24, 32], [10, 10, 20, 20], [24, 0, 24, 0]],
+        [[0, 0, 18, 15], [10, 10, 18, 15], [18, 0, 18, 0]],
+    ]
+    what = "x is clipped to 0..width, y to 0..height, of each image its own"
+    same(clipped, torch.tensor(expected, dtype=torch.float32), what)
 
 
 def slow_match(anchors, boxes, labels, threshold=0.5):
@@ -117,6 +152,45 @@ def slow_match(anchors, boxes, labels, threshold=0.5):
     return result
 
 
+def match(anchors, boxes, labels, *thresholds):
+    """The labels as a list, and the boxes, of `match_anchors`."""
+    matched = match_anchors(torch.tensor(anchors), torch.tensor(boxes), torch.tensor(labels), *thresholds)
+    assert matched[0].dtype == torch.int64, "an anchor's label is int64"
+    return matched[0].tolist(), matched[1]
+
+
+def test_matching_ties_and_claims():
+    """Oracle: by hand. Equal anchors: the first; contested anchor: the first object; a claim beats a better IoU, and
+    needs none; a match may have the threshold exactly; anchors without an object have their own box."""
+    square, far = [0.0, 0, 10, 10], [50.0, 50, 60, 60]
+    labels, matched = match([square, far], [[0.0, 0, 10, 9]], [3])
+    assert labels == [3, -1], "an anchor that overlaps an object by 0.9 has its label, one that overlaps none has -1"
+    own = "without an object, an anchor's box is its own, so that nothing takes the logarithm of padding"
+    same(matched, torch.tensor([[0.0, 0, 10, 9], far]), own)
+    labels, _ = match([square, [0.0, 0, 10, 5], [0.0, 0, 10, 4.9]], [square], [3])
+    assert labels == [3, 3, -1], "an IoU of exactly the threshold, 0.5, is a match; one below is none"
+
+    labels, _ = match([square, square, far], [square, square], [4, 7])
+    assert labels[0] == 4, "an anchor that two objects claim goes to the first in the list"
+    assert labels == [4, 4, -1], "an anchor that two objects overlap alike goes to the first in the list"
+    labels, _ = match([far, [0.0, 0, 4, 10], [6.0, 0, 10, 10]], [[3.0, 0, 7, 10]], [5])
+    assert labels == [-1, 5, -1], "an object claims an anchor, whatever the IoU; of two alike, the first"
+    labels, _ = match([far, square], [[80.0, 80, 90, 90]], [5])
+    assert labels == [5, -1], "an object claims an anchor also with IoU 0: the first"
+
+    # Object 1 overlaps anchor 2 best by far; object 0, tiny, has no better anchor than 2 and so claims it.
+    boxes = [[50.0, 50, 51, 51], [50, 50, 60, 59]]
+    labels, matched = match([square, square, far], boxes, [1, 2])
+    assert labels == [-1, -1, 1], "a claim overrides a match; of two claims the first object's counts, not the better"
+    same(matched[2], torch.tensor(boxes[0]), "the box of a claimed anchor is its claimant's")
+
+    labels, matched = match([square, far], [square, square], [-1, -1])
+    assert labels == [-1, -1], "padding never claims and never matches, not even if its box is an anchor"
+    same(matched, torch.tensor([square, far]), own)
+    labels, _ = match([square, square, far], [square, [0.0, 0, 10, 9]], [-1, 5])
+    assert labels == [5, 5, -1], "padding never claims and never matches, whatever its box"
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_matching_of_random_boxes(seed):
     """Oracle: the rule as a plain double loop over anchors and objects, with torchvision's box_iou."""
@@ -126,25 +200,8 @@ def test_matching_of_random_boxes(seed):
     labels[9:] = -1
     expected = torch.tensor(slow_match(anchors, boxes, labels))
     matched_labels, matched_boxes = match_anchors(anchors, boxes, labels)
-    assert torch.equal(matched_labels, expected)  # the labels are the objects' own numbers
-    assert torch.equal(matched_boxes[expected >= 0], boxes[expected[expected >= 0]])
-
-
-def test_matching_ties_and_claims():
-    """Oracle: by hand. Equal anchors: the first; contested anchor: the first object; a claim beats a better IoU."""
-    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
-    same = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10]])
-    labels, _ = match_anchors(anchors, same, torch.tensor([4, 7]))
-    assert labels.tolist() == [4, 4, -1]  # both claim anchor 0: the first wins; anchor 1 ties to the first
-
-    # Object 1 overlaps anchor 2 best by far; object 0, tiny, has no better anchor than 2 and so claims it.
-    boxes = torch.tensor([[50.0, 50, 51, 51], [50, 50, 60, 59]])
-    labels, matched = match_anchors(anchors, boxes, torch.tensor([1, 2]))
-    assert labels.tolist() == [-1, -1, 1] and torch.equal(matched[2], boxes[0])
-
-    # Padding never claims, not even if its box is a perfect match.
-    labels, _ = match_anchors(anchors, same, torch.tensor([-1, -1]))
-    assert labels.tolist() == [-1, -1, -1]
+    same(matched_labels, expected, "labels of anchors, by the rule in plain loops")  # they are the objects' own numbers
+    same(matched_boxes, torch.where(expected[:, None] >= 0, boxes[expected], anchors), "boxes of anchors")
 
 
 @pytest.mark.parametrize("count", [0, 1, 100])
@@ -154,8 +211,94 @@ def test_matching_of_any_number_of_boxes(count):
     boxes, labels = torch.zeros(100, 4), torch.full((100,), -1)
     boxes[:count], labels[:count] = random_boxes(generator, count), torch.arange(count)
     padded, bare = match_anchors(anchors, boxes, labels), match_anchors(anchors, boxes[:count], labels[:count])
-    assert torch.equal(padded[0], bare[0]) and torch.equal(padded[1], bare[1])
-    assert (padded[0] >= 0).any() == (count > 0)
+    for ours, expected, what in zip(padded, bare, ("labels", "boxes")):
+        same(ours, expected, f"{what} of {count} objects, padded to 100, and of these alone")
+    assert (padded[0] >= 0).any() == (count > 0), f"{count} objects, so there are {'some' if count else 'no'} positives"
+
+
+def randomized(module):
+    """The module with weights, biases and statistics of batch norms drawn anew, so that none is 0 or 1."""
+    generator = torch.Generator().manual_seed(0)
+    for name, values in module.state_dict().items():
+        if values.is_floating_point():
+            values.copy_(torch.rand(values.shape, generator=generator) + 0.5)
+            if name.endswith("weight") and values.ndim > 1:
+                values.sub_(1).mul_(2)
+    return module
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation, act", [("relu", F.relu), ("swish", F.silu)])
+def test_a_tower_by_hand(activation, act):
+    """Oracle: torch's functions, one after the other. Convolutions are shared; a batch norm is its level's own."""
+    tower = randomized(Tower(6, 6, 3, activation)).eval()
+    for level in (0, 3):
+        expected = x = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(level))
+        for conv, norm in zip(tower.convs, tower.norms[level]):
+            expected = F.conv2d(expected, conv.weight, conv.bias, padding=1)
+            expected = F.batch_norm(expected, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-3)
+            expected = act(expected)
+        what = f"each convolution, then its batch norm of level {level}, then {activation}"
+        same(tower(x, level), expected, what, rtol=1e-4, atol=1e-4)
+    tower.train()(x, 3)
+    counts = [[int(norm.num_batches_tracked) for norm in norms] for norms in tower.norms]
+    assert counts == [[0] * 3] * 3 + [[1] * 3] + [[0] * 3], (
+        "in training, only this level's batch norms see its features"
+    )
+
+
+def test_outputs_per_anchor():
+    """Oracle: indexing. Locations go row by row; a location's channels are anchor-major."""
+    x = torch.arange(2 * 6 * 3 * 4).reshape(2, 6, 3, 4)
+    expected = [
+        [
+            [x[b, anchor * 2 + k, i, j].item() for k in range(2)]
+            for i in range(3)
+            for j in range(4)
+            for anchor in range(3)
+        ]
+        for b in range(2)
+    ]
+    what = "(2, 3 anchors of 2 values, 3, 4): row by row, at each location anchor by anchor, its values together"
+    same(per_anchor(x, 2), torch.tensor(expected), what)
+
+
+@torch.no_grad()
+def test_a_retinanet_head_by_hand():
+    """Oracle: the towers and last layers, a level at a time, where the levels are not square."""
+    head = randomized(RetinaNetHead(6, 6, 2, 3, "swish")).eval()
+    features = [torch.randn(2, 6, 2 ** (4 - k), 2 ** (5 - k)) for k in range(5)]
+    logits, codes = head(features)
+    for ours, tower, last, values, name in (
+        (logits, head.class_tower, head.class_predict, 3, "class logits"),
+        (codes, head.box_tower, head.box_predict, 4, "box codes"),
+    ):
+        outputs = [last(tower(x, level)) for level, x in enumerate(features)]
+        expected = torch.cat([out.permute(0, 2, 3, 1).reshape(2, -1, values) for out in outputs], 1)
+        same(ours, expected, f"{name}, from their own tower, with each level's number, from P3 to P7", 1e-4, 1e-4)
+
+
+def test_focal_loss_by_hand():
+    """Oracle: by hand. With logits 0 all p are 1/2: what remains are alpha, gamma, the logarithm of 2 and the sum."""
+    logits, log2 = torch.zeros(2, 3, 4), np.log(2)
+    nothing, first = torch.full((2, 3), -1), torch.zeros(2, 3, dtype=torch.int64)
+    ratio = (focal_loss(logits, nothing, 0.3, 3.0) / focal_loss(logits, nothing, 0.3, 1.0)).item()
+    assert ratio == pytest.approx(0.5**2), "gamma is the exponent of 1 - p_t, whatever it is: here 3, and 1"
+    ratio = (focal_loss(logits, nothing) / focal_loss(logits[:1], nothing[:1])).item()
+    assert ratio == pytest.approx(2), (
+        "the loss is a sum over all entries: of two images alike it is twice one's, no mean"
+    )
+    absent = "a class that is absent weighs 1 - alpha"
+    assert focal_loss(logits, nothing, 0.3, 1.0).item() == pytest.approx(24 * 0.7 * 0.5 * log2), absent
+    present = "the class that is present weighs alpha, the others 1 - alpha; it is the label's, the first is 0"
+    assert focal_loss(logits, first, 0.3, 1.0).item() == pytest.approx(6 * (0.3 + 3 * 0.7) * 0.5 * log2), present
+    expected = 24 * 0.75 * 0.5**1.5 * log2
+    assert focal_loss(logits, nothing).item() == pytest.approx(expected), "without a word alpha is 0.25, gamma 1.5"
+    logits[..., 0] = 2.0
+    found, p = focal_loss(logits, first, 1.0, 2.0).item(), 1 / (1 + np.exp(-2))
+    assert found == pytest.approx(-6 * (1 - p) ** 2 * np.log(p)), "p_t is p where the class is present: (1 - p)^2 log p"
+    found = focal_loss(logits, first + 1, 0.0, 2.0).item() - 12 * 0.25 * log2
+    assert found == pytest.approx(-6 * p**2 * np.log(1 - p), rel=1e-4), "p_t is 1 - p where the class is absent"
 
 
 def test_focal_loss_and_its_gradient():
@@ -169,18 +312,27 @@ def test_focal_loss_and_its_gradient():
         value = focal_loss(ours, labels, alpha, gamma)
         expected = sigmoid_focal_loss(theirs, one_hot, alpha, gamma, reduction="sum")
         (value * 2).backward(), (expected * 2).backward()
-        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5), "the value is torchvision's"
+        same(ours.grad, theirs.grad, "the gradient is torchvision's", rtol=1e-4, atol=1e-6)
 
 
 def test_focal_loss_of_extreme_logits():
-    """Oracle: by hand. At +-200 and in float16 the loss is finite and linear in the logit, its gradient too."""
+    """Oracle: by hand. At +-200 the loss is finite and linear in the logit, its gradient, too; half precision's is
+    computed in float32."""
     logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
     value = focal_loss(logits, torch.tensor([1]))
-    assert value.item() == pytest.approx(0.75 * 200 + 0.25 * 200)
+    stable = "where p is 0 or 1 in float32, log p is still the logit's: no logarithm of a sigmoid"
+    assert value.item() == pytest.approx(0.75 * 200 + 0.25 * 200), stable
     value.backward()
-    assert logits.grad.tolist() == [[pytest.approx(0.75), pytest.approx(-0.25)]]
-    assert focal_loss(torch.full((4, 3), 30.0, dtype=torch.float16), torch.zeros(4).long()).dtype == torch.float32
+    assert logits.grad.tolist() == [[pytest.approx(0.75), pytest.approx(-0.25)]], f"the gradient, {stable}"
+    for dtype in (torch.float16, torch.bfloat16):
+        logits = (torch.randn(4000, 30, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
+        value = focal_loss(logits, torch.zeros(4000).long())
+        assert value.dtype == torch.float32, "the loss is float32, also of logits of half precision"
+        expected = focal_loss(logits.float(), torch.zeros(4000).long()).item()
+        assert value.item() == pytest.approx(expected, rel=1e-4), (
+            "the arithmetic is float32, also of half-precision logits"
+        )
 
 
 def saved_bytes(function, *args):
@@ -202,7 +354,8 @@ def test_focal_loss_saves_little():
     copy = logits.numel() * 4
     one_hot = F.one_hot(labels + 1, 81)[..., 1:].float()
     # checkpoint() keeps its inputs through its own hooks, so count the graph it leaves and its argument.
-    assert saved_bytes(focal_loss, logits, labels) <= 1.1 * copy
+    copies = saved_bytes(focal_loss, logits, labels) / copy
+    assert copies <= 1.1, f"backward holds {copies:.1f} copies of the logits and not the logits alone"
     assert saved_bytes(lambda x: sigmoid_focal_loss(x, one_hot, 0.25, 1.5, "sum"), logits) > 5 * copy
 
 
@@ -212,10 +365,11 @@ def test_background_only():
     logits = torch.zeros(2, len(anchors), 3, requires_grad=True)
     codes = torch.randn(2, len(anchors), 4, requires_grad=True)
     losses = retinanet_loss(logits, codes, anchors, dict(boxes=torch.zeros(2, 100, 4), labels=torch.full((2, 100), -1)))
-    assert losses["box"].item() == 0
-    assert losses["class"].item() == pytest.approx(logits.numel() * 0.75 * 0.5**1.5 * np.log(2), rel=1e-4)
+    expected = logits.numel() * 0.75 * 0.5**1.5 * np.log(2)
+    assert losses["class"].item() == pytest.approx(expected, rel=1e-4), "1 + the number of positive anchors is never 0"
+    assert losses["box"].item() == 0, "background has no box loss: it is not trained towards any box"
     sum(losses.values()).backward()
-    assert logits.grad.isfinite().all() and not codes.grad.any()
+    assert logits.grad.isfinite().all() and not codes.grad.any(), "gradients are finite, of background's codes 0"
 
 
 def test_huber_by_hand():
@@ -223,13 +377,85 @@ def test_huber_by_hand():
     anchors = make_anchors((128, 128), 3)
     boxes, labels = torch.zeros(1, 100, 4), torch.full((1, 100), -1)
     boxes[0, 0], labels[0, 0] = torch.tensor([0.0, 0, 1, 1]), 0  # only its claimed anchor
-    codes = torch.zeros(1, len(anchors), 4)
+    codes = torch.ones(1, len(anchors), 4)  # what background says of a box counts for nothing
     matched_labels, matched = match_anchors(anchors, boxes[0], labels[0])
     (index,) = (matched_labels >= 0).nonzero()[0].tolist()
-    codes[0, index] = encode_boxes(matched, anchors)[index] + torch.tensor([0.05, -0.3, 0.0, 0.1])
-    box = retinanet_loss(torch.zeros(1, len(anchors), 1), codes, anchors, dict(boxes=boxes, labels=labels))["box"]
-    huber = 0.5 * 0.05**2 + 0.1 * (0.3 - 0.05) + 0.5 * 0.1**2
-    assert box.item() == pytest.approx(50 * huber / 4 / 2, rel=1e-4)
+    for offset, huber, what in (
+        ([0.05, 0, 0, 0.08], 0.5 * (0.05**2 + 0.08**2), "within delta: the squares, halved,"),
+        ([0, -0.3, 0.2, 0], 0.1 * (0.3 - 0.05) + 0.1 * (0.2 - 0.05), "beyond delta, 0.1: linear,"),
+    ):
+        codes[0, index] = encode_boxes(matched, anchors)[index] + torch.tensor(offset)
+        losses = retinanet_loss(torch.zeros(1, len(anchors), 1), codes, anchors, dict(boxes=boxes, labels=labels))
+        what = f"50 x Huber loss, {what} summed over the coordinates of positive anchors / 4 / (1 + 1 positive anchor)"
+        assert losses["box"].item() == pytest.approx(50 * huber / 4 / 2, rel=1e-4), what
+    entries = (len(anchors) - 1) * 0.75 + 0.25
+    what = "focal loss / (1 + 1 positive anchor)"
+    assert losses["class"].item() == pytest.approx(entries * 0.5**1.5 * np.log(2) / 2, rel=1e-4), what
+
+
+def two_images(generator):
+    """(anchors, logits, codes, targets) of two images with few and many objects; an image alone: `part` below."""
+    anchors = make_anchors((128, 128), 3)
+    boxes, labels = torch.zeros(2, 100, 4), torch.full((2, 100), -1)
+    for image, count in enumerate((2, 20)):
+        boxes[image, :count], labels[image, :count] = random_boxes(generator, count), torch.arange(count) % 3
+    shape = (2, len(anchors))
+    logits, codes = torch.randn(*shape, 3, generator=generator), torch.randn(*shape, 4, generator=generator)
+    return anchors, logits, codes, dict(boxes=boxes, labels=labels)
+
+
+def test_one_normalizer_for_the_batch():
+    """Oracle: the images alone. Their sums of losses are added, and divided once, by 1 + all positive anchors."""
+    anchors, logits, codes, targets = two_images(torch.Generator().manual_seed(0))
+    counts = [(match_anchors(anchors, *pair)[0] >= 0).sum().item() for pair in zip(targets["boxes"], targets["labels"])]
+    assert 0 < 3 * counts[0] < counts[1]
+    together, sums = retinanet_loss(logits, codes, anchors, targets), {"class": 0.0, "box": 0.0}
+    for k in (0, 1):
+        part = slice(k, k + 1)
+        alone = retinanet_loss(logits[part], codes[part], anchors, {n: v[part] for n, v in targets.items()})
+        sums = {name: total + alone[name].item() * (1 + counts[k]) for name, total in sums.items()}
+    for name, total in sums.items():
+        what = f"{name}: one normalizer for the batch, 1 + the number of its positive anchors, not one for each image"
+        assert together[name].item() == pytest.approx(total / (1 + sum(counts)), rel=1e-4), what
+
+
+def test_the_normalizer_counts_over_all_ranks(request):
+    """Oracle: by hand. The loss is this rank's sum, by the mean over the ranks of what both have counted, as DDP's
+    average of gradients wants it."""
+    anchors, logits, codes, targets = two_images(torch.Generator().manual_seed(0))
+    alone = retinanet_loss(logits, codes, anchors, targets)
+    count = sum(
+        (match_anchors(anchors, *pair)[0] >= 0).sum().item() for pair in zip(targets["boxes"], targets["labels"])
+    )
+    request.getfixturevalue("as_one_of_two_ranks")
+    for name, value in retinanet_loss(logits, codes, anchors, targets).items():
+        what = f"{name}: divided by (1 + positive anchors over all ranks) / ranks"
+        assert value.item() == pytest.approx(alone[name].item() * (1 + count) * 2 / (1 + 3 * count), rel=1e-5), what
+
+
+@pytest.mark.parametrize("case", ["s0", "s1"])
+def test_targets_and_losses_equal_the_official_code(case):
+    """Oracle: the authors' labels exactly; box targets and both losses to 1e-5 relative."""
+    anchors = make_anchors((128, 128), 3)
+    boxes = torch.zeros(1, 100, 4)
+    labels = torch.full((1, 100), -1)
+    gt, cls = torch.from_numpy(OFFICIAL[f"{case}_gt"]), torch.from_numpy(OFFICIAL[f"{case}_cls"])
+    boxes[0, : len(gt)], labels[0, : len(gt)] = gt[:, XY], cls[:, 0].long()
+
+    matched_labels, matched_boxes = match_anchors(anchors, boxes[0], labels[0])
+    same(matched_labels, official(f"{case}_ct", 0).long(), "the anchors' labels are the authors'")
+    positive = matched_labels >= 0
+    codes, expected = encode_boxes(matched_boxes, anchors)[positive], official(f"{case}_bt", 4)[positive][:, XY]
+    same(codes, expected, "the positive anchors' codes are the authors'", rtol=1e-5, atol=1e-6)
+    same(matched_boxes[~positive], anchors[~positive], "the other anchors' boxes are their own")
+
+    positives, class_loss, box_loss = OFFICIAL[f"{case}_loss"].tolist()
+    assert positive.sum() == positives
+    logits = official(f"{case}_co", 7)[None]  # output 0, the background's, is one more class that never occurs
+    codes = official(f"{case}_bo", 4)[None][..., XY]
+    losses = retinanet_loss(logits, codes, anchors, dict(boxes=boxes, labels=labels))
+    assert losses["class"].item() == pytest.approx(class_loss, rel=1e-5), "the class loss is the authors'"
+    assert losses["box"].item() / 50 == pytest.approx(box_loss, rel=1e-5), "the box loss is the authors', times 50"
 
 
 class Forbid(TorchDispatchMode):
@@ -347,9 +573,50 @@ def test_detections_by_hand():
     codes = torch.zeros(3, 4)
     codes[0] = torch.tensor([0.5, 0.0, 0.0, np.log(2.0)])
     found = detect(scores, decode_boxes(codes, anchors)[:, None], torch.tensor([110.0, 128.0]))
-    assert found["labels"].tolist() == [0, 1]
-    assert found["scores"].tolist() == pytest.approx([0.9, 0.5])
-    assert found["boxes"].tolist() == [[100, 100, 128, 110], [10, 0, 30, 30]]
+    assert found["scores"].tolist() == pytest.approx([0.9, 0.5]), "scores above 0.05, best first"
+    assert found["labels"].tolist() == [0, 1], "each with its class"
+    clipped = "each with its box, clipped to the region's (height, width)"
+    assert found["boxes"].tolist() == [[100, 100, 128, 110], [10, 0, 30, 30]], clipped
+    own = torch.tensor([[[0.0, 0, 20, 20], [50, 0, 70, 20]], [[0, 50, 20, 70], [50, 50, 70, 70]]])
+    found = detect(torch.tensor([[0.9, 0.8], [0.7, 0.6]]), own, torch.tensor([128.0, 128.0]))
+    assert found["labels"].tolist() == [0, 1, 0, 1] and found["boxes"].tolist() == own.flatten(0, 1).tolist(), (
+        "where classes have boxes of their own, a detection's is its class's"
+    )
+
+
+def detections(scores, boxes, size=(128.0, 128.0)):
+    """`detect` of scores (A, K) and boxes (A, 4), as lists."""
+    found = detect(torch.tensor(scores), torch.tensor(boxes)[:, None], torch.tensor(size))
+    return {name: values.tolist() for name, values in found.items()}
+
+
+def test_what_suppresses_what():
+    """Oracle: by hand. NMS is of each class alone, at IoU 0.5, of boxes that were clipped before."""
+    box, near = [0.0, 0, 20, 20], [0.0, 0, 20, 19]
+    assert detections([[0.6], [0.7]], [box, near])["boxes"] == [near], (
+        "of two boxes that overlap by 0.95 the best stays"
+    )
+    found = detections([[0.6, 0.1], [0.1, 0.7]], [box, near])
+    assert found["labels"] == [1, 0] and found["boxes"] == [near, box], "a box suppresses none of another class"
+    apart = [0.0, 0, 20, 9]
+    assert len(detections([[0.6], [0.7]], [box, apart])["boxes"]) == 2, "boxes that overlap by 0.45 both stay"
+    wide, high = [100.0, 100, 300, 120], [100.0, 100, 120, 300]
+    found = detections([[0.6], [0.7]], [wide, high], (120.0, 120.0))
+    assert found["boxes"] == [[100, 100, 120, 120]], "boxes are clipped before NMS: these two become one"
+
+
+def test_at_most_100_detections_of_5000_candidates():
+    """Oracle: counting. 150 boxes apart leave the 100 best; what is not among the 5000 best scores is not detected."""
+    corners = np.stack(np.meshgrid(np.arange(15.0), np.arange(10.0)), -1).reshape(-1, 2) * 8
+    scores = np.random.default_rng(0).permutation(150) / 300 + 0.1
+    found = detections(scores[:, None].astype(np.float32).tolist(), np.hstack((corners, corners + 4)).tolist())
+    assert len(found["scores"]) == 100, "at most 100 detections"
+    assert found["scores"] == pytest.approx(sorted(scores, reverse=True)[:100]), "the best 100 stay, best first"
+    boxes = [[0.0, 0, 20, 20]] * 2500 + [[50.0, 50, 70, 70]]
+    for many, last, expected in ((0.8, 0.3, [0.9, 0.8]), (0.01, 0.3, [0.9, 0.8, 0.3]), (0.8, 0.95, [0.95, 0.9, 0.8])):
+        found = detections([[0.9, 0.8]] * 2499 + [[0.9, many], [last, 0.01]], boxes)
+        only = "only the 5000 best scores above 0.05, of all classes together, go into NMS"
+        assert found["scores"] == pytest.approx(expected), only
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -366,12 +633,14 @@ def test_detections_of_random_outputs(shared):
     assert 1000 < len(anchor) < 5000
     boxes, scores = boxes[anchor, 0 if shared else label].clamp(0, 128), scores[anchor, label]
     kept = batched_nms(boxes, scores, label, 0.5)[:100]
-    assert len(found["boxes"]) == 100
-    assert torch.allclose(found["boxes"], boxes[kept]) and torch.equal(found["labels"], label[kept])
-    assert torch.equal(found["scores"], scores[kept])
+    for name, values in (("scores", scores), ("labels", label), ("boxes", boxes)):
+        what = f"{name}, as by torchvision's batched_nms of all pairs of an anchor and a class"
+        same(found[name], values[kept], what, atol=1e-3 if name == "boxes" else 0)
 
 
-def test_no_detections():
+def test_nothing_likely():
     """Oracle: by hand. Nothing above the threshold gives empty tensors of the right shapes."""
     found = detect(torch.full((50, 4), 0.05), torch.zeros(50, 1, 4), torch.tensor([128.0, 128.0]))
-    assert found["boxes"].shape == (0, 4) and found["scores"].shape == (0,) and found["labels"].shape == (0,)
+    shapes = {name: tuple(values.shape) for name, values in found.items()}
+    empty = "scores of exactly the threshold, 0.05, are not above it: (0, 4) boxes, (0,) scores and labels"
+    assert shapes == {"boxes": (0, 4), "scores": (0,), "labels": (0,)}, empty

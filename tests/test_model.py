@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_heads_loss import same
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -416,6 +417,18 @@ def load_official(golden, order, skip=()):
     assert next(values, None) is None, "official variables were left over"
 
 
+def tower_layers(*towers):
+    """The layers of pairs (tower, [last layers]) as the authors' variables go, in whatever order they run: level by
+    level, of which the later ones add their batch norms alone."""
+    order = []
+    for level in range(len(model.LEVELS)):
+        for tower, last in towers:
+            for conv, norm in zip(tower.convs, tower.norms[level]):
+                order += [conv, norm]
+            order += last
+    return list(dict.fromkeys(order))
+
+
 def test_features_equal_the_official_code():
     """Oracle: the authors' code run on TensorFlow with random weights: features P3..P7 to 1e-4."""
     golden = np.load(GOLDEN)
@@ -436,41 +449,52 @@ def test_features_and_head_equal_the_official_code():
     arch = Arch(0.0625, 0.5, 1, 8, 8, 2, 3)
     backbone, head = SpineNet(arch).eval(), RetinaNetHead(8, 8, 2, 6).eval()
     x = torch.from_numpy(golden["x"]).permute(0, 3, 1, 2)
-    order = run_order(head)
+    order = official_order(backbone)
+    order += tower_layers((head.class_tower, [head.class_predict]), (head.box_tower, [head.box_predict]))
     with torch.no_grad():
-        head(backbone(x))
-        load_official(golden, official_order(backbone) + order, skip=("rpn_head", "fast_rcnn_head", "mask_head"))
+        load_official(golden, order, skip=("rpn_head", "fast_rcnn_head", "mask_head"))
         features = backbone(x)
         logits, codes = head(features)
     for L, feature in zip(model.LEVELS, features):
         official = torch.from_numpy(golden[f"out_f_{L}"]).permute(0, 3, 1, 2)
         assert (feature - official).abs().max() <= 1e-4
-    official = torch.cat([torch.from_numpy(golden[f"out_cls_{L}"]).reshape(1, -1, 6) for L in model.LEVELS], 1)
-    assert official.std() > 0.1 and (logits - official).abs().max() <= 1e-4
-    official = torch.cat([torch.from_numpy(golden[f"out_box_{L}"]).reshape(1, -1, 4) for L in model.LEVELS], 1)
-    assert official.std() > 0.1 and (codes - official).abs().max() <= 1e-4
+    for ours, key, what in ((logits, "out_cls", "class logits"), (codes, "out_box", "box codes")):
+        levels = [torch.from_numpy(golden[f"{key}_{L}"]).reshape(1, -1, ours.shape[-1]) for L in model.LEVELS]
+        assert torch.cat(levels, 1).std() > 0.1
+        same(ours, torch.cat(levels, 1), f"{what} are the authors'", atol=1e-4)
 
 
-def test_two_stage_heads_equal_the_official_code():
-    """Oracle: the authors' code run on TensorFlow with random weights: RPN, box-head and mask-head outputs to 1e-4."""
-    golden = np.load(GOLDEN)
-    rpn, box_head, mask_head = RPNHead(8, 8, 1).eval(), BoxHead(8, 8, 4, 64, 5).eval(), MaskHead(8, 8, 4, 5).eval()
+def test_rpn_head_equals_the_official_code():
+    """Oracle: the authors' code run on TensorFlow with random weights: objectness and box codes by level to 1e-4."""
+    golden, rpn = np.load(GOLDEN), RPNHead(8, 8, 1).eval()
     features = [torch.from_numpy(golden[f"out_f_{L}"]).permute(0, 3, 1, 2) for L in model.LEVELS]
-    small, large = (torch.from_numpy(golden[name])[0].permute(0, 3, 1, 2) for name in ("roi7", "roi14"))
-    order = run_order(rpn, box_head, mask_head)
+    order = tower_layers((rpn.tower, [rpn.class_predict, rpn.box_predict]))
+    load_official(golden, order, skip=("spinenet", "retinanet", "fast_rcnn_head", "mask_head"))
     with torch.no_grad():
-        rpn(features), box_head(small), mask_head(large)
-        load_official(golden, order, skip=("spinenet", "retinanet"))
         objectness, codes = rpn(features)
+    assert all(golden[name].std() > 0.1 for name in ("out_rs_3", "out_rb_3"))
+    for L, logits, code in zip(model.LEVELS, objectness, codes, strict=True):
+        official = [torch.from_numpy(golden[f"{name}_{L}"]) for name in ("out_rs", "out_rb")]
+        same(logits, official[0].reshape(1, -1), f"the objectness logits of P{L} are the authors'", atol=1e-4)
+        same(code, official[1].reshape(1, -1, 4), f"the box codes of P{L} are the authors'", atol=1e-4)
+
+
+def test_box_and_mask_heads_equal_the_official_code():
+    """Oracle: the authors' code run on TensorFlow with random weights: box-head and mask-head outputs to 1e-4."""
+    golden = np.load(GOLDEN)
+    box_head, mask_head = BoxHead(8, 8, 4, 64, 5).eval(), MaskHead(8, 8, 4, 5).eval()
+    small, large = (torch.from_numpy(golden[name])[0].permute(0, 3, 1, 2) for name in ("roi7", "roi14"))
+    order = [layer for head in (box_head, mask_head) for layer in head.modules() if hasattr(layer, "weight")]
+    load_official(golden, order, skip=("spinenet", "retinanet", "rpn_head"))
+    with torch.no_grad():
         class_logits, box_codes = box_head(small)
-        masks = mask_head(large)[torch.arange(5), torch.arange(1, 6)]  # a RoI of each class but the background
-    pairs = [(class_logits, golden["out_fc"][0]), (box_codes, golden["out_fb"][0]), (masks, golden["out_mo"][0])]
-    for L, logits, code in zip(model.LEVELS, objectness, codes):
-        pairs += [(logits, golden[f"out_rs_{L}"]), (code, golden[f"out_rb_{L}"])]
-    assert len(pairs) == 13
-    for ours, official in pairs:
-        assert (ours.flatten() - torch.from_numpy(official).flatten()).abs().max() <= 1e-4
-    assert all(golden[name].std() > 0.1 for name in ("out_fc", "out_fb", "out_mo", "out_rs_3", "out_rb_3"))
+        masks = mask_head(large)
+    masks = masks[torch.arange(5), torch.arange(1, 6)]  # a RoI of each class but the background
+    found = {"out_fc": class_logits, "out_fb": box_codes, "out_mo": masks}
+    for key, what in (("out_fc", "class logits"), ("out_fb", "box codes"), ("out_mo", "mask logits")):
+        official = torch.from_numpy(golden[key][0])
+        assert official.std() > 0.1
+        same(found[key], official.reshape(found[key].shape), f"the {what} are the authors'", atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel, stride", [(3, 2), (5, 4), (9, 8)])
@@ -586,10 +610,10 @@ def test_drop_block_in_half_precision(dtype):
 def test_noise_is_off_unless_asked_for():
     """Oracle: determinism. In training mode the default network gives the same output twice, with noise it does not."""
     x = torch.randn(2, 3, 128, 128)
-    for options, same in (({}, True), ({"drop_path": 0.5}, False), ({"drop_rate": 0.1}, False)):
+    for options, alike in (({}, True), ({"drop_path": 0.5}, False), ({"drop_rate": 0.1}, False)):
         backbone = SpineNet(ARCHS["tiny"], **options).train()
         first, second = backbone(x), backbone(x)
-        assert all(torch.equal(a, b) for a, b in zip(first, second)) == same
+        assert all(torch.equal(a, b) for a, b in zip(first, second)) == alike
 
 
 def test_any_arch_value_builds():

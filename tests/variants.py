@@ -1119,12 +1119,804 @@ VARIANTS = {
         ),
     },
     "a3": {
-        "wrong": (),
-        "right": (),
+        "wrong": (
+            Variant(
+                "heads.make_anchors",
+                "x and y swapped off the square",
+                (
+                    ("x = (torch.arange(size[1]", "x = (torch.arange(size[0]"),
+                    ("y = (torch.arange(size[0]", "y = (torch.arange(size[1]"),
+                ),
+                "row by row",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "an object that claims no anchor",
+                (("claimed = claims < nobody", "claimed = (claims < nobody) & (best_iou >= iou_threshold)"),),
+                "claims an anchor, whatever the IoU",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "the logarithm of padding: anchors without an object have the padding's box",
+                (("torch.where(positive[:, None], boxes[matched], anchors)", "boxes[matched]"),),
+                "logarithm of padding",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "aspect upside down",
+                (
+                    ("scale * math.sqrt(aspect)", "scale / math.sqrt(aspect)"),
+                    ("scale / math.sqrt(aspect))\n", "scale * math.sqrt(aspect))\n"),
+                ),
+                "aspect 2 is wide",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "aspect-major",
+                (
+                    ("for scale in scales\n", "for aspect in aspects\n"),
+                    ("    for aspect in aspects\n    ]", "    for scale in scales\n    ]"),
+                ),
+                "scale-major",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "centres in the locations' corners",
+                (
+                    ("size[1] // stride) + 0.5)", "size[1] // stride))"),
+                    ("size[0] // stride) + 0.5)", "size[0] // stride))"),
+                ),
+                "centre is half a stride",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "column by column",
+                (('indexing="xy"', 'indexing="ij"'),),
+                "row by row",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "the area kept whole: an anchor of aspect a is s a wide",
+                (
+                    ("scale * math.sqrt(aspect)", "scale * aspect"),
+                    ("scale / math.sqrt(aspect))\n", "scale / aspect)\n"),
+                ),
+                r"s sqrt\(2\) by s / sqrt\(2\)",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "sides in float32 from the start",
+                (
+                    (
+                        "torch.tensor(sides, dtype=torch.float64).float() / 2",
+                        "torch.tensor([[float(s * a), float(s / a)] for s in anchor_size * stride "
+                        "* torch.tensor(scales) for a in torch.tensor(aspects).sqrt()]) / 2",
+                    ),
+                ),
+                "to the last bit",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "all of it in float64",
+                (
+                    ("dtype=torch.float64).float() / 2", "dtype=torch.float64) / 2"),
+                    (".to(device)", ".float().to(device)"),
+                ),
+                "to the last bit",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "always RetinaNet's scales",
+                (("for scale in scales", "for scale in SCALES"),),
+                r"scales \(0.5, 2\)",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "the device left out",
+                ((".to(device)", ""),),
+                "on the device",
+            ),
+            Variant(
+                "heads.encode_boxes",
+                "weights swapped",
+                (("shift * weights[0]", "shift * weights[1]"), ("scale * weights[1]", "scale * weights[0]")),
+                "weights multiply the code",
+            ),
+            Variant(
+                "heads.encode_boxes",
+                "divided by the weights",
+                (("shift * weights[0]", "shift / weights[0]"), ("scale * weights[1]", "scale / weights[1]")),
+                "weights multiply the code",
+            ),
+            Variant(
+                "heads.encode_boxes",
+                "offsets in sides of the box",
+                (("(centre - anchor_centre) / anchor_side", "(centre - anchor_centre) / side"),),
+                "dx, dy",
+            ),
+            Variant(
+                "heads.encode_boxes",
+                "offsets of the corners",
+                (("(centre - anchor_centre)", "(boxes[..., :2] - anchors[..., :2])"),),
+                "dx, dy",
+            ),
+            Variant(
+                "heads.encode_boxes",
+                "y first, as the authors have it",
+                (("torch.cat((shift * weights[0], scale * weights[1])", "torch.cat((shift.flip(-1), scale.flip(-1))"),),
+                "dx, dy",
+            ),
+            Variant(
+                "heads.encode_boxes",
+                "the ratio of the sides upside down",
+                (("(side / anchor_side)", "(anchor_side / side)"),),
+                "log of the box's side",
+            ),
+            Variant(
+                "heads.decode_boxes",
+                "no clamp",
+                ((".clamp(max=MAX_LOG_SCALE)", ""),),
+                "at most 62.5|clamped is the log",
+            ),
+            Variant(
+                "heads.decode_boxes",
+                "clamped on both sides",
+                ((".clamp(max=MAX_LOG_SCALE)", ".clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)"),),
+                "only large sides",
+            ),
+            Variant(
+                "heads.decode_boxes",
+                "clamped before the weights are divided away",
+                (
+                    (
+                        "(codes[..., 2:] / weights[1]).clamp(max=MAX_LOG_SCALE)",
+                        "(codes[..., 2:].clamp(max=MAX_LOG_SCALE) / weights[1])",
+                    ),
+                ),
+                "after its weight is divided away",
+            ),
+            Variant(
+                "heads.decode_boxes",
+                "multiplied by the weights",
+                (("/ weights[0]", "* weights[0]"), ("/ weights[1]", "* weights[1]")),
+                "decoding divides",
+            ),
+            Variant(
+                "heads.decode_boxes",
+                "in half precision",
+                (("codes = codes.float()\n", "anchors = anchors.to(codes.dtype)\n"),),
+                "bfloat16.*as float32",
+            ),
+            Variant(
+                "heads.decode_boxes",
+                "with the legacy 1 of the authors",
+                (("anchors[..., 2:] - anchors[..., :2]\n", "anchors[..., 2:] - anchors[..., :2] + 1\n"),),
+                "decoding",
+            ),
+            Variant(
+                "heads.clip_boxes",
+                "x clipped to the height",
+                ((".flip(1)", ""),),
+                "x is clipped to 0..width",
+            ),
+            Variant(
+                "heads.clip_boxes",
+                "all to the first image's size",
+                (("sizes.flip(1)", "sizes[:1].flip(1)"),),
+                "of each image its own",
+            ),
+            Variant(
+                "heads.clip_boxes",
+                "not at 0",
+                (("boxes.clamp(min=0)", "boxes"),),
+                "x is clipped to 0..width",
+            ),
+            Variant(
+                "heads.clip_boxes",
+                "to the last pixel's number",
+                (("sizes.flip(1)", "(sizes - 1).flip(1)"),),
+                "x is clipped to 0..width",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "threshold exclusive",
+                (("best_iou >= iou_threshold", "best_iou > iou_threshold"),),
+                "exactly the threshold",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "a claim needs an overlap",
+                (("claimed = claims < nobody", "claimed = (claims < nobody) & (best_iou > 0)"),),
+                "also with IoU 0",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "the last object wins a contested anchor",
+                (
+                    (
+                        "claimant = torch.where(real, torch.arange(nobody + 1, device=boxes.device), nobody)",
+                        "claimant = torch.where(real, torch.arange(nobody + 1, device=boxes.device), -1)",
+                    ),
+                    ("torch.full_like(best_object, nobody)", "torch.full_like(best_object, -1)"),
+                    ('"amin"', '"amax"'),
+                    ("claims < nobody", "claims >= 0"),
+                ),
+                "two objects claim goes to the first",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "the best object wins a contested anchor",
+                (("matched = torch.where(claimed, claims, best_object)", "matched = best_object"),),
+                "a claim overrides a match",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "padding claims",
+                (
+                    (
+                        "claimant = torch.where(real, torch.arange(nobody + 1, device=boxes.device), nobody)",
+                        "claimant = torch.arange(nobody + 1, device=boxes.device)",
+                    ),
+                ),
+                "padding never claims|overlaps none has -1",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "padding's boxes match",
+                (("torch.where(real[:, None], boxes, 0.0)", "boxes"),),
+                "never matches",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "an object claims the last of its best anchors",
+                (("iou.argmax(dim=1)", "(iou.shape[1] - 1 - iou.flip(1).argmax(dim=1))"),),
+                "of two alike, the first",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "an object claims all of its best anchors",
+                (
+                    (
+                        "claimed = claims < nobody",
+                        "best = iou == iou.amax(1, keepdim=True)\n"
+                        "claims = torch.where(real[:, None] & best, claimant[:, None], nobody).amin(0)\n"
+                        "claimed = claims < nobody",
+                    ),
+                ),
+                "of two alike, the first",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "an anchor takes the last of its best objects",
+                (("iou.max(dim=0)  # (A,)", "iou.max(dim=0)\nbest_object = nobody - iou.flip(0).argmax(dim=0)"),),
+                "two objects overlap alike",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "background_iou inclusive",
+                (("best_iou < background_iou", "best_iou <= background_iou"),),
+                "from it on to the threshold ignored",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "nothing is ignored",
+                (("if background_iou is not None", "if background_iou is False"),),
+                "ignored, -2",
+            ),
+        ),
+        "right": (
+            Variant(
+                "heads.make_anchors",
+                "in numpy",
+                """import numpy as np
+
+sides = [(scale * aspect**0.5, scale / aspect**0.5) for scale in scales for aspect in aspects]
+levels = []
+for L in LEVELS:
+    half = (np.array(sides) * anchor_size * 2**L).astype(np.float32) / 2
+    y, x = np.mgrid[: size[0] >> L, : size[1] >> L].astype(np.float32) * 2**L + 2 ** (L - 1)
+    centre = np.stack((x, y), -1).reshape(-1, 1, 2)
+    levels.append(np.concatenate((centre - half, centre + half), -1).reshape(-1, 4))
+return torch.from_numpy(np.concatenate(levels)).to(device)""",
+            ),
+            Variant(
+                "heads.make_anchors",
+                "coordinate by coordinate, on the device",
+                """levels = []
+for stride in (8, 16, 32, 64, 128):
+    x = torch.arange(stride / 2, size[1], stride, device=device)[None, :, None]
+    y = torch.arange(stride / 2, size[0], stride, device=device)[:, None, None]
+    base = anchor_size * stride
+    w = torch.tensor([base * s * a**0.5 for s in scales for a in aspects], device=device)
+    h = torch.tensor([base * s * a**-0.5 for s in scales for a in aspects], device=device)
+    corners = torch.broadcast_tensors(x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+    levels.append(torch.stack(corners, -1).flatten(0, 2))
+return torch.cat(levels)""",
+            ),
+            Variant(
+                "heads.encode_boxes",
+                "coordinate by coordinate",
+                """x1, y1, x2, y2 = boxes.unbind(-1)
+ax1, ay1, ax2, ay2 = anchors.unbind(-1)
+w, h = ax2 - ax1, ay2 - ay1
+dx, dy = ((x1 + x2) - (ax1 + ax2)) / (2 * w), ((y1 + y2) - (ay1 + ay2)) / (2 * h)
+dw, dh = torch.log(x2 - x1) - torch.log(w), torch.log(y2 - y1) - torch.log(h)
+return torch.stack((weights[0] * dx, weights[0] * dy, weights[1] * dw, weights[1] * dh), -1)""",
+            ),
+            Variant(
+                "heads.decode_boxes",
+                "coordinate by coordinate",
+                """by = torch.tensor([weights[0], weights[0], weights[1], weights[1]], device=codes.device)
+dx, dy, dw, dh = (codes.float() / by).unbind(-1)
+ax1, ay1, ax2, ay2 = anchors.unbind(-1)
+x, y = ax1 + (0.5 + dx) * (ax2 - ax1), ay1 + (0.5 + dy) * (ay2 - ay1)
+w, h = (ax2 - ax1) * dw.exp().clamp(max=1000 / 16), (ay2 - ay1) * dh.exp().clamp(max=1000 / 16)
+return torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), -1)""",
+            ),
+            Variant(
+                "heads.clip_boxes",
+                "an image at a time",
+                """clipped = []
+for image, (height, width) in zip(boxes, sizes.tolist()):
+    x, y = image[:, 0::2].clamp(0, width), image[:, 1::2].clamp(0, height)
+    clipped.append(torch.stack((x, y), 2).flatten(1))
+return torch.stack(clipped)""",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "an object at a time, only the real ones",
+                """found = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+matched, best = anchors.clone(), torch.zeros(len(anchors), device=anchors.device)
+real = [g for g in range(len(boxes)) if labels[g] >= 0]
+for g in real:
+    iou = box_iou(boxes[g : g + 1], anchors)[0]
+    better = iou > best
+    best = torch.where(better, iou, best)
+    better &= iou >= iou_threshold
+    found[better], matched[better] = labels[g], boxes[g]
+if background_iou is not None:
+    found[(found < 0) & (best >= background_iou)] = IGNORED
+for g in reversed(real):
+    a = box_iou(boxes[g : g + 1], anchors)[0].argmax()
+    found[a], matched[a] = labels[g], boxes[g]
+return found, matched""",
+            ),
+            Variant(
+                "loss.match_anchors",
+                "anchors first, padding by an IoU of -1",
+                """if not len(boxes):
+    return torch.full((len(anchors),), BACKGROUND, device=anchors.device), anchors.clone()
+iou = box_iou(anchors, boxes).nan_to_num().masked_fill(labels < 0, -1.0)  # (A, G)
+best, index = iou.max(1)
+positive = best >= iou_threshold
+number = torch.arange(len(anchors), device=anchors.device)
+for g in range(len(boxes) - 1, -1, -1):
+    mine = (number == iou[:, g].argmax()) & (labels[g] >= 0)
+    index, positive = torch.where(mine, g, index), positive | mine
+low = BACKGROUND if background_iou is None else torch.where(best < background_iou, BACKGROUND, IGNORED)
+return torch.where(positive, labels[index], low), torch.where(positive[:, None], boxes[index], anchors)""",
+            ),
+        ),
     },
     "a4": {
-        "wrong": (),
-        "right": (),
+        "wrong": (
+            Variant(
+                "loss.focal_loss",
+                "a sigmoid before the logarithm",
+                (("F.softplus(-z)", "-torch.log(torch.sigmoid(z))"),),
+                "no logarithm of a sigmoid",
+            ),
+            Variant(
+                "heads.Tower.forward",
+                "one batch norm for all levels",
+                (("self.norms[level]", "self.norms[0]"),),
+                "its batch norm of level 3",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "dividing by zero positives",
+                (("(positives + 1) / ranks", "positives / ranks"),),
+                "is never 0",
+            ),
+            Variant(
+                "heads.Tower.forward",
+                "activating before the batch norm",
+                (("self.activation(norm(conv(x)))", "norm(self.activation(conv(x)))"),),
+                "then its batch norm of level 0, then relu",
+            ),
+            Variant(
+                "heads.Tower.forward",
+                "no activation",
+                (("self.activation(norm(conv(x)))", "norm(conv(x))"),),
+                "then its batch norm of level 0, then relu",
+            ),
+            Variant(
+                "heads.Tower.forward",
+                "only the last batch norm's output",
+                (
+                    ("x = self.activation(norm(conv(x)))", "y = self.activation(norm(conv(x)))"),
+                    ("return x", "return y"),
+                ),
+                "each convolution",
+            ),
+            Variant(
+                "heads.per_anchor",
+                "channels before locations",
+                (("x.permute(0, 2, 3, 1)", "x"),),
+                "row by row, at each location anchor by anchor",
+            ),
+            Variant(
+                "heads.per_anchor",
+                "column by column",
+                (("permute(0, 2, 3, 1)", "permute(0, 3, 2, 1)"),),
+                "row by row, at each location anchor by anchor",
+            ),
+            Variant(
+                "heads.per_anchor",
+                "values before anchors",
+                (("x.permute(0, 2, 3, 1)", "x.unflatten(1, (values, -1)).permute(0, 3, 4, 2, 1)"),),
+                "row by row, at each location anchor by anchor",
+            ),
+            Variant(
+                "heads.RetinaNetHead.forward",
+                "every level as P3",
+                (
+                    ("self.class_tower(x, level)", "self.class_tower(x, 0)"),
+                    ("self.box_tower(x, level)", "self.box_tower(x, 0)"),
+                ),
+                "with each level's number",
+            ),
+            Variant(
+                "heads.RetinaNetHead.forward",
+                "boxes from the class tower",
+                (("self.box_tower(x, level)", "self.class_tower(x, level)"),),
+                "box codes, from their own tower",
+            ),
+            Variant(
+                "heads.RetinaNetHead.forward",
+                "probabilities for logits",
+                (("torch.cat(logits, dim=1)", "torch.cat(logits, dim=1).sigmoid()"),),
+                "class logits, from",
+            ),
+            Variant(
+                "heads.RetinaNetHead.forward",
+                "from P7 to P3",
+                (
+                    (
+                        "torch.cat(logits, dim=1), torch.cat(codes, dim=1)",
+                        "torch.cat(logits[::-1], dim=1), torch.cat(codes[::-1], dim=1)",
+                    ),
+                ),
+                "from P3 to P7",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "alpha on the wrong side",
+                (("torch.where(present, alpha, 1 - alpha)", "torch.where(present, 1 - alpha, alpha)"),),
+                "absent weighs 1 - alpha",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "alpha for all",
+                (("torch.where(present, alpha, 1 - alpha)", "alpha"),),
+                "absent weighs 1 - alpha",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "a mean",
+                (("F.softplus(-z)).sum()", "F.softplus(-z)).mean()"),),
+                "no mean",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "gamma of the focal loss paper",
+                (("** gamma", "** 2"),),
+                "gamma is the exponent",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "p_t in place of 1 - p_t",
+                (("torch.sigmoid(-z) **", "torch.sigmoid(z) **"),),
+                r"p_t is p where the class is present",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "in half precision",
+                (
+                    ("torch.where(present, logits.float(), -logits.float())", "torch.where(present, logits, -logits)"),
+                    (").sum()", ").float().sum()"),
+                ),
+                "arithmetic is float32",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "everything saved for backward",
+                (
+                    (
+                        "return checkpoint(total, logits, use_reentrant=False, preserve_rng_state=False)",
+                        "return total(logits)",
+                    ),
+                ),
+                "copies of the logits",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "labels from 1",
+                (
+                    (
+                        "torch.arange(logits.shape[-1], device=labels.device)",
+                        "torch.arange(logits.shape[-1], device=labels.device) + 1",
+                    ),
+                ),
+                "the first is 0",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "the number of positives, at least 1",
+                (("positives + 1", "positives.clamp(min=1)"),),
+                r"1 \+ 1 positive",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "a box loss of background",
+                (("torch.where(positive[..., None], box_codes.float(), 0.0)", "box_codes.float()"),),
+                "background has no box loss",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "a mean over coordinates and anchors",
+                (('reduction="sum", delta=HUBER_DELTA) / 4', 'reduction="mean", delta=HUBER_DELTA)'),),
+                "summed over the coordinates",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "not divided by 4",
+                (("delta=HUBER_DELTA) / 4", "delta=HUBER_DELTA)"),),
+                "/ 4 /",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "delta 1",
+                (("delta=HUBER_DELTA", "delta=1.0"),),
+                "beyond delta, 0.1",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "a smooth L1 loss",
+                (("F.huber_loss(", "F.smooth_l1_loss("), ("delta=HUBER_DELTA", "beta=HUBER_DELTA")),
+                "within delta",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "no weight of 50",
+                (("BOX_WEIGHT * box", "box"),),
+                "50 x Huber",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "the class loss not normalized",
+                (("focal_loss(class_logits, labels) / normalizer", "focal_loss(class_logits, labels)"),),
+                r"focal loss / \(1 \+ 1 positive",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "a normalizer for each image",
+                (
+                    ("over_ranks(positive.sum().float())", "over_ranks(positive.sum(dim=1).float())"),
+                    ('reduction="sum", delta=HUBER_DELTA) / 4', 'reduction="none", delta=HUBER_DELTA).sum((1, 2)) / 4'),
+                    (
+                        "focal_loss(class_logits, labels) / normalizer",
+                        "sum(focal_loss(*pair) / n for *pair, n in zip(class_logits, labels, normalizer))",
+                    ),
+                    ("BOX_WEIGHT * box / normalizer", "(BOX_WEIGHT * box / normalizer).sum()"),
+                ),
+                "one normalizer for the batch",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "counted on this rank alone",
+                (("over_ranks(positive.sum().float())", "positive.sum().float(), 1"),),
+                "over all ranks",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "a sum over the ranks, where DDP makes a mean",
+                (("(positives + 1) / ranks", "positives + 1"),),
+                "over all ranks",
+            ),
+            Variant(
+                "heads.detect",
+                "threshold inclusive",
+                (("scores > SCORE_THRESHOLD", "scores >= SCORE_THRESHOLD"),),
+                "of exactly the threshold",
+            ),
+            Variant(
+                "heads.detect",
+                "no threshold",
+                (("scores > SCORE_THRESHOLD", "scores > 0"),),
+                "scores above 0.05",
+            ),
+            Variant(
+                "heads.detect",
+                "NMS over all classes",
+                (("batched_nms(boxes, scores, labels, NMS_THRESHOLD)", "nms(boxes, scores, NMS_THRESHOLD)"),),
+                "suppresses none of another class",
+            ),
+            Variant(
+                "heads.detect",
+                "NMS at the proposals' IoU",
+                (("NMS_THRESHOLD)", "PROPOSAL_NMS_THRESHOLD)"),),
+                "as by torchvision's batched_nms",
+            ),
+            Variant(
+                "heads.detect",
+                "clipped after NMS",
+                (
+                    (
+                        "(boxes,) = clip_boxes(boxes.expand(-1, num_classes, 4)[index, labels][None], size[None])",
+                        "boxes = boxes.expand(-1, num_classes, 4)[index, labels]",
+                    ),
+                    ('{"boxes": boxes[kept]', '{"boxes": clip_boxes(boxes[kept][None], size[None])[0]'),
+                ),
+                "clipped before NMS",
+            ),
+            Variant(
+                "heads.detect",
+                "clipped to a square",
+                (("size[None])", "size.max().expand(1, 2))"),),
+                r"clipped to the region's \(height, width\)",
+            ),
+            Variant(
+                "heads.detect",
+                "any number of detections",
+                (("[:MAX_DETECTIONS]", ""),),
+                "at most 100",
+            ),
+            Variant(
+                "heads.detect",
+                "by anchor and not by score",
+                (
+                    ("[:MAX_DETECTIONS]", "[:MAX_DETECTIONS].sort().values"),
+                    ("scores[likely].sort(descending=True, stable=True)", "scores[likely], torch.arange(len(likely))"),
+                ),
+                "best first",
+            ),
+            Variant(
+                "heads.detect",
+                "any number of candidates",
+                (("scores[:MAX_CANDIDATES], likely[order[:MAX_CANDIDATES]]", "scores, likely[order]"),),
+                "only the 5000 best",
+            ),
+            Variant(
+                "heads.detect",
+                "the first 5000 candidates, not the best",
+                (
+                    (
+                        "scores[likely].sort(descending=True, stable=True)",
+                        "scores[likely[:MAX_CANDIDATES]].sort(descending=True, stable=True)",
+                    ),
+                    ("scores[:MAX_CANDIDATES], likely[order[:MAX_CANDIDATES]]", "scores, likely[order]"),
+                ),
+                "only the 5000 best",
+            ),
+            Variant(
+                "heads.detect",
+                "class and anchor mixed up",
+                (
+                    (
+                        "candidates // num_classes, candidates % num_classes",
+                        "candidates % len(boxes), candidates // len(boxes)",
+                    ),
+                ),
+                "each with its class",
+            ),
+        ),
+        "right": (
+            Variant(
+                "heads.Tower.forward",
+                "by numbers",
+                """for n, norm in enumerate(self.norms[level]):
+    x = self.convs[n](x)
+    x = norm(x)
+    x = self.activation(x)
+return x""",
+            ),
+            Variant(
+                "heads.RetinaNetHead.forward",
+                "all boxes before all classes",
+                """boxes = [self.box_tower(x, n) for n, x in enumerate(features)]
+codes = torch.cat([per_anchor(predict(self.box_predict, x), 4) for x in boxes], 1)
+classes = [self.class_tower(x, n) for n, x in enumerate(features)]
+logits = torch.cat([per_anchor(predict(self.class_predict, x), self.num_classes) for x in classes], 1)
+return logits, codes""",
+            ),
+            Variant(
+                "heads.per_anchor",
+                "flattened first",
+                """b, c, h, w = x.shape
+return x.flatten(2).transpose(1, 2).contiguous().view(b, h * w * (c // values), values)""",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "a gradient of its own",
+                """class Focal(torch.autograd.Function):
+    @staticmethod
+    def parts(logits, labels):
+        here = F.one_hot(labels + 1, logits.shape[-1] + 1)[..., 1:].bool()
+        sign = torch.where(here, 1.0, -1.0)
+        return sign, torch.where(here, alpha, 1 - alpha), logits.float() * sign
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.save_for_backward(logits, labels)
+        _, weight, z = Focal.parts(logits, labels)
+        return -(weight * torch.sigmoid(-z) ** gamma * F.logsigmoid(z)).sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, labels = ctx.saved_tensors
+        sign, weight, z = Focal.parts(logits, labels)
+        p, q = torch.sigmoid(z), torch.sigmoid(-z)
+        slope = q**gamma * (gamma * p * F.logsigmoid(z) - q)
+        return (gradient * weight * sign * slope).to(logits.dtype), None
+
+
+return Focal.apply(logits, labels)""",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "logits with binary cross-entropy, class by class",
+                """def total(logits):
+    x = logits.float()
+    target = torch.zeros_like(x).scatter_(-1, labels.clamp(min=0)[..., None], (labels >= 0).float()[..., None])
+    entropy = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+    wrong = torch.sigmoid(x) * (1 - target) + torch.sigmoid(-x) * target
+    return torch.sum(entropy * wrong.pow(gamma) * (alpha * target + (1 - alpha) * (1 - target)))
+
+
+return checkpoint(total, logits, use_reentrant=False)""",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "an image at a time, only the positive anchors",
+                """focal, huber, count = 0.0, 0.0, torch.zeros((), device=anchors.device)
+for logits, codes, *target in zip(class_logits, box_codes, targets["boxes"], targets["labels"]):
+    labels, boxes = match_anchors(anchors, *target)
+    mine = labels >= 0
+    count += mine.sum()
+    focal = focal + focal_loss(logits, labels)
+    miss = (codes[mine].float() - encode_boxes(boxes[mine], anchors[mine])).abs()
+    huber = huber + torch.where(miss < HUBER_DELTA, miss**2 / 2, HUBER_DELTA * (miss - HUBER_DELTA / 2)).sum()
+count, ranks = over_ranks(count)
+return {"class": focal * ranks / (1 + count), "box": BOX_WEIGHT / 4 * huber * ranks / (1 + count)}""",
+            ),
+            Variant(
+                "heads.detect",
+                "cut to 5000 before the threshold",
+                """best, order = scores.flatten().topk(min(MAX_CANDIDATES, scores.numel()))
+best, order = best[best > SCORE_THRESHOLD], order[best > SCORE_THRESHOLD]
+index, labels = order.div(scores.shape[1], rounding_mode="floor"), order.remainder(scores.shape[1])
+mine = boxes[index, 0] if boxes.shape[1] == 1 else boxes[index, labels]
+mine = torch.minimum(mine.clamp(min=0), size.flip(0).repeat(2))
+kept = batched_nms(mine, best, labels, NMS_THRESHOLD)[:MAX_DETECTIONS]
+return dict(boxes=mine[kept], scores=best[kept], labels=labels[kept])""",
+            ),
+            Variant(
+                "heads.detect",
+                "a class at a time",
+                """likely = scores[scores > SCORE_THRESHOLD]
+least = likely.sort(descending=True).values[:MAX_CANDIDATES][-1] if len(likely) else 1.0
+parts = []
+for label in range(scores.shape[1]):
+    mine = (scores[:, label] > SCORE_THRESHOLD) & (scores[:, label] >= least)
+    (own,) = clip_boxes(boxes[mine][:, min(label, boxes.shape[1] - 1)][None], size[None])
+    kept = nms(own, scores[mine, label], NMS_THRESHOLD)
+    parts.append((own[kept], scores[mine, label][kept], torch.full_like(kept, label)))
+own, best, labels = (torch.cat(part) for part in zip(*parts))
+order = best.argsort(descending=True)[:MAX_DETECTIONS]
+return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
+            ),
+        ),
     },
     "a5": {
         "wrong": (),
@@ -1135,11 +1927,1075 @@ VARIANTS = {
         "right": (),
     },
     "a7": {
-        "wrong": (),
-        "right": (),
+        "wrong": (
+            Variant(
+                "loss.sample_rois",
+                "padded to the batch's most proposals, so that the sample depends on the batch",
+                (
+                    (
+                        "torch.arange(MAX_PROPOSALS, device=device) <",
+                        "torch.arange(max(map(len, proposals)), device=device) <",
+                    ),
+                    ("MAX_PROPOSALS - len(p)", "max(map(len, proposals)) - len(p)"),
+                ),
+                "not from the batch",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "anchors between the thresholds as background",
+                (("labels == BACKGROUND", "labels < 0"),),
+                "are ignored, not background",
+            ),
+            Variant(
+                "heads.RPNHead.forward",
+                "predicted from the features, not the tower's output",
+                (("x = self.tower(x, level)", "_ = self.tower(x, level)"),),
+                "from the tower's output",
+            ),
+            Variant(
+                "heads.RPNHead.forward",
+                "every level as P3",
+                (("self.tower(x, level)", "self.tower(x, 0)"),),
+                "P4, from the tower's output with this level's number",
+            ),
+            Variant(
+                "heads.RPNHead.forward",
+                "levels joined",
+                (("return logits, codes", "return torch.cat(logits, 1), torch.cat(codes, 1)"),),
+                "lists by level",
+            ),
+            Variant(
+                "heads.RPNHead.forward",
+                "a last dimension of 1",
+                ((".squeeze(-1)", ""),),
+                r"objectness logits of P3.*shape",
+            ),
+            Variant(
+                "heads.RPNHead.forward",
+                "values before anchors",
+                (
+                    (
+                        "per_anchor(predict(self.box_predict, x), 4)",
+                        "predict(self.box_predict, x).unflatten(1, (4, -1)).permute(0, 3, 4, 2, 1).flatten(1, 3)",
+                    ),
+                ),
+                "box codes of P3.*by anchor",
+            ),
+            Variant(
+                "heads.propose",
+                "NMS over all levels",
+                (
+                    (
+                        "kept = [nms(b[image], s[image], PROPOSAL_NMS_THRESHOLD)[:MAX_PROPOSALS] for b, s in levels]",
+                        "joined = [torch.cat([level[k][image] for level in levels]) for k in (0, 1)]\n"
+                        "    kept = nms(*joined, PROPOSAL_NMS_THRESHOLD)",
+                    ),
+                    ("torch.cat([s[image, index] for (_, s), index in zip(levels, kept)])", "joined[1][kept]"),
+                    ("torch.cat([b[image, index] for (b, _), index in zip(levels, kept)])", "joined[0][kept]"),
+                ),
+                "of two levels they don't",
+            ),
+            Variant(
+                "heads.propose",
+                "not clipped",
+                (("clip_boxes(boxes, sizes)", "boxes"),),
+                "clipped to their image",
+            ),
+            Variant(
+                "heads.propose",
+                "clipped after NMS",
+                (
+                    ("clip_boxes(boxes, sizes)", "boxes"),
+                    (
+                        "proposals.append(boxes[scores.topk(min(MAX_PROPOSALS, len(scores))).indices])",
+                        "best = scores.topk(min(MAX_PROPOSALS, len(scores))).indices\n"
+                        "    proposals.append(clip_boxes(boxes[best][None], sizes[image : image + 1])[0])",
+                    ),
+                ),
+                "clipped before NMS",
+            ),
+            Variant(
+                "heads.propose",
+                "clipped to (width, height)",
+                (("clip_boxes(boxes, sizes)", "clip_boxes(boxes, sizes.flip(1))"),),
+                r"own \(height, width\)",
+            ),
+            Variant(
+                "heads.propose",
+                "all clipped to the first image",
+                (("clip_boxes(boxes, sizes)", "clip_boxes(boxes, sizes[:1].expand_as(sizes))"),),
+                "proposals of image 1",
+            ),
+            Variant(
+                "heads.propose",
+                "any number of candidates",
+                (("min(candidates, len(level_anchors))", "len(level_anchors)"),),
+                "how many of each level",
+            ),
+            Variant(
+                "heads.propose",
+                "the first candidates, not the best",
+                (
+                    (
+                        "level_logits.float().topk(min(candidates, len(level_anchors)), dim=1)",
+                        "level_logits.float()[:, :candidates].sort(dim=1, descending=True)",
+                    ),
+                ),
+                "of each level, the best",
+            ),
+            Variant(
+                "heads.propose",
+                "candidates counted after NMS",
+                (
+                    ("min(candidates, len(level_anchors))", "len(level_anchors)"),
+                    (
+                        "PROPOSAL_NMS_THRESHOLD)[:MAX_PROPOSALS]",
+                        "PROPOSAL_NMS_THRESHOLD)[: min(candidates, MAX_PROPOSALS)]",
+                    ),
+                ),
+                "go into NMS|plain loops",
+            ),
+            Variant(
+                "heads.propose",
+                "sorted within levels only",
+                (("boxes[scores.topk(min(MAX_PROPOSALS, len(scores))).indices]", "boxes[:MAX_PROPOSALS]"),),
+                "best of all levels first",
+            ),
+            Variant(
+                "heads.propose",
+                "any number of proposals",
+                (("[:MAX_PROPOSALS] for b", " for b"), ("min(MAX_PROPOSALS, len(scores))", "len(scores)")),
+                "at most 1000",
+            ),
+            Variant(
+                "heads.propose",
+                "NMS at the detections' IoU",
+                (("PROPOSAL_NMS_THRESHOLD", "NMS_THRESHOLD"),),
+                "IoU 0.7",
+            ),
+            Variant(
+                "heads.propose",
+                "boxes of less than a pixel left out",
+                (
+                    ("proposals.append(boxes[", "boxes = (boxes["),
+                    (
+                        ".indices])",
+                        ".indices])\n    proposals.append(boxes[((boxes[:, 2:] - boxes[:, :2]) > 1).all(1)])",
+                    ),
+                ),
+                "left out for its size",
+            ),
+            Variant(
+                "heads.propose",
+                "the anchors themselves",
+                (
+                    (
+                        "decode_boxes(level_codes.take_along_dim(index[..., None], dim=1), level_anchors[index])",
+                        "level_anchors[index]",
+                    ),
+                ),
+                "moved by its code",
+            ),
+            Variant(
+                "loss.pick",
+                "by number and not by key",
+                (
+                    (
+                        "torch.where(candidates, keys, -1).topk",
+                        "torch.where(candidates, 2**40 - torch.arange(keys.shape[1]), -1).topk",
+                    ),
+                ),
+                "of the highest keys",
+            ),
+            Variant(
+                "loss.pick",
+                "the lowest keys",
+                (
+                    (
+                        "torch.where(candidates, keys, -1).topk(limit, dim=1)",
+                        "torch.where(candidates, -keys, -(2**40)).topk(limit, dim=1)",
+                    ),
+                    ("best >= 0", "best > -(2**40)"),
+                ),
+                "of the highest keys",
+            ),
+            Variant(
+                "loss.pick",
+                "all counted as real",
+                (("best >= 0", "best >= -1"),),
+                "is not real",
+            ),
+            Variant(
+                "loss.pick",
+                "keys in float32",
+                (("torch.where(candidates, keys, -1)", "torch.where(candidates, keys.float(), -1.0)"),),
+                "they are int64",
+            ),
+            Variant(
+                "loss.pick",
+                "what is not real has the key 0",
+                (("torch.where(candidates, keys, -1)", "(keys * candidates)"), ("best >= 0", "best > 0")),
+                "also with the key 0",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "divided by what was sampled",
+                (
+                    (
+                        "class_loss / (RPN_SAMPLES * len(logits))",
+                        "class_loss / (((labels >= 0) | (labels == -1)).sum(1).clamp(max=RPN_SAMPLES)).sum()",
+                    ),
+                ),
+                "divided by 256",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "not divided by the images",
+                (("(RPN_SAMPLES * len(logits))", "RPN_SAMPLES"),),
+                "divided by 256 for each image",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "any number of positive anchors",
+                (
+                    ("pick(positive, keys, RPN_POSITIVES)", "pick(positive, keys, min(RPN_SAMPLES, len(anchors)))"),
+                    ("pick(labels == BACKGROUND, keys, RPN_SAMPLES)", "pick(labels == BACKGROUND, keys, RPN_SAMPLES)"),
+                ),
+                "at most 128",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "half of the sample background, whatever the rest is",
+                (
+                    (
+                        "left = RPN_SAMPLES - chosen.sum(dim=1, keepdim=True)",
+                        "left = torch.full((len(chosen), 1), RPN_SAMPLES - RPN_POSITIVES)",
+                    ),
+                ),
+                "background takes the rest",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "labels the wrong way round",
+                (
+                    ("F.softplus(-logits.gather", "F.softplus(logits.gather"),
+                    (
+                        "torch.where(chosen, F.softplus(logits.gather(1, index)), 0.0).sum()\n\n",
+                        "torch.where(chosen, F.softplus(-logits.gather(1, index)), 0.0).sum()\n\n",
+                    ),
+                ),
+                "towards 1",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "a generator shared by the batch",
+                (
+                    (
+                        'random_keys(targets["noise"], 0, len(anchors))',
+                        "torch.stack([torch.randperm(len(anchors)) for _ in logits])",
+                    ),
+                ),
+                "not from the batch",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "one number of noise for the batch",
+                (
+                    (
+                        'random_keys(targets["noise"], 0, len(anchors))',
+                        'random_keys(targets["noise"][:1].expand(len(logits)), 0, len(anchors))',
+                    ),
+                ),
+                "not from the batch",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "the RoIs' stream",
+                (('random_keys(targets["noise"], 0,', 'random_keys(targets["noise"], 1,'),),
+                "of stream 0",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "a box loss of sampled anchors alone",
+                (
+                    (
+                        "index, chosen = pick(positive, keys, RPN_POSITIVES)",
+                        "index, chosen = pick(positive, keys, RPN_POSITIVES)\n"
+                        "positive = torch.zeros_like(positive).scatter(1, index, chosen)",
+                    ),
+                ),
+                "also those not sampled",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "a mean over all levels together",
+                (
+                    (
+                        "mean_over_ranks(by_level, 4 * positives).sum()",
+                        "mean_over_ranks(by_level.sum(), 4 * positives.sum())",
+                    ),
+                ),
+                "summed over the levels",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "a mean over the levels",
+                (
+                    (
+                        "mean_over_ranks(by_level, 4 * positives).sum()",
+                        "mean_over_ranks(by_level, 4 * positives).mean()",
+                    ),
+                ),
+                "summed over the levels",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "a sum over the coordinates",
+                (("4 * positives", "positives"),),
+                "a mean over the coordinates",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "dividing by zero positives",
+                (("mean_over_ranks(by_level, 4 * positives).sum()", "(by_level / (4 * positives)).sum()"),),
+                "adds 0",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "RetinaNet's delta",
+                (("delta=RPN_HUBER_DELTA", "delta=HUBER_DELTA"),),
+                "delta 1/9",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "a box loss of background",
+                (("torch.where(positive[..., None], codes, 0.0)", "codes"),),
+                "of a level's positive anchors|adds 0|background has no box loss",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "a mean over this rank alone",
+                (
+                    (
+                        "mean_over_ranks(by_level, 4 * positives).sum()",
+                        "(by_level / (4 * positives).clamp(min=1)).sum()",
+                    ),
+                ),
+                "over all ranks",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "objects not among the candidates",
+                (("real = torch.cat((real, objects), dim=1)", "real = F.pad(real, (0, objects.shape[1]))"),),
+                "objects themselves",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "0.5 exactly is foreground",
+                (
+                    ("real & (iou > ROI_IOU)", "real & (iou >= ROI_IOU)"),
+                    ("iou.gather(1, index) > ROI_IOU", "iou.gather(1, index) >= ROI_IOU"),
+                ),
+                "exactly 0.5",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "0.5 exactly is background",
+                (("iou < ROI_IOU", "iou <= ROI_IOU"),),
+                "exactly 0.5",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "padding drawn as background",
+                (("real & (iou < ROI_IOU)", "iou < ROI_IOU"),),
+                "the rest padding, -2",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "background first",
+                (
+                    (
+                        "torch.cat((is_foreground, is_background), 1).int()",
+                        "torch.cat((is_background, is_foreground), 1).int()",
+                    ),
+                    ("torch.cat((foreground, background), 1)", "torch.cat((background, foreground), 1)"),
+                ),
+                "comes first",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "three quarters background, whatever the rest is",
+                (
+                    (
+                        "left = count - is_foreground.sum(dim=1, keepdim=True)",
+                        "left = torch.full((len(boxes), 1), count - foreground_count)",
+                    ),
+                ),
+                "takes all other places",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "any number of foreground",
+                (("keys, foreground_count)", "keys, count)"),),
+                "at most `foreground_count`",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "the object of a RoI's place, not of its index",
+                (("matched = matched.gather(1, index)", "matched = matched[:, :count]"),),
+                "object is the one that it overlaps most|label of foreground is",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "object's number as label",
+                (('targets["labels"].gather(1, matched)', "matched"),),
+                "label of foreground is its object's",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "padding with background's label",
+                (("torch.where(chosen, labels, IGNORED)", "torch.where(chosen, labels, BACKGROUND)"),),
+                "padding, -2",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "padding with boxes",
+                (
+                    (
+                        "torch.where(chosen[..., None], boxes.take_along_dim(index[..., None], dim=1), 0.0)",
+                        "boxes.take_along_dim(index[..., None], dim=1)",
+                    ),
+                ),
+                "padding is zero boxes",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "the RPN's stream",
+                (('random_keys(targets["noise"], 1,', 'random_keys(targets["noise"], 0,'),),
+                "of stream 1",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "a generator shared by the batch",
+                (
+                    (
+                        'random_keys(targets["noise"], 1, boxes.shape[1])',
+                        "torch.stack([torch.randperm(boxes.shape[1]) for _ in boxes])",
+                    ),
+                ),
+                "not from the batch",
+            ),
+        ),
+        "right": (
+            Variant(
+                "heads.RPNHead.forward",
+                "all towers first, boxes before objectness",
+                """towers = [self.tower(x, n) for n, x in enumerate(features)]
+codes = [predict(self.box_predict, x).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in towers]
+return [predict(self.class_predict, x).permute(0, 2, 3, 1).flatten(1) for x in towers], codes""",
+            ),
+            Variant(
+                "heads.propose",
+                "an image and a level at a time, decoded before the best are taken",
+                """found = []
+for image, size in enumerate(sizes):
+    boxes, scores = [], []
+    for level, base in enumerate(anchors):
+        every = clip_boxes(decode_boxes(codes[level][image], base)[None], size[None])[0]
+        order = objectness[level][image].float().argsort(descending=True)[:candidates]
+        order = order[nms(every[order], objectness[level][image, order].float(), PROPOSAL_NMS_THRESHOLD)]
+        boxes.append(every[order])
+        scores.append(objectness[level][image, order].float())
+    best = torch.cat(scores).sort(descending=True).indices[:MAX_PROPOSALS]
+    found.append(torch.cat(boxes)[best])
+return found""",
+            ),
+            Variant(
+                "heads.propose",
+                "one NMS that tells levels apart",
+                """parts = []
+for level, (logits, code, base) in enumerate(zip(objectness, codes, anchors)):
+    best, index = logits.float().sort(dim=1, descending=True)
+    best, index = best[:, :candidates], index[:, :candidates]
+    boxes = clip_boxes(decode_boxes(torch.gather(code, 1, index[..., None].expand(-1, -1, 4)), base[index]), sizes)
+    parts.append((boxes, best, torch.full_like(index, level)))
+every = [torch.cat(part, 1) for part in zip(*parts)]
+found = []
+for boxes, best, level in zip(*every):
+    found.append(boxes[batched_nms(boxes, best, level, PROPOSAL_NMS_THRESHOLD)[:MAX_PROPOSALS]])
+return found""",
+            ),
+            Variant(
+                "loss.pick",
+                "sorted, in two steps",
+                """order = keys.argsort(dim=1, descending=True)
+real = candidates.gather(1, order)
+front = (~real).int().argsort(dim=1, stable=True)[:, :limit]
+return order.gather(1, front), real.gather(1, front)""",
+            ),
+            Variant(
+                "loss.rpn_loss",
+                "an image at a time",
+                """every = torch.cat(anchors)
+level = torch.cat([torch.full((len(a),), n) for n, a in enumerate(anchors)]).to(every.device)
+entropy, huber = 0.0, torch.zeros(len(anchors), device=every.device)
+count = torch.zeros(len(anchors), device=every.device)
+for b, target in enumerate(zip(targets["boxes"], targets["labels"])):
+    logits, codes = (torch.cat([part[b] for part in parts]).float() for parts in (objectness, box_codes))
+    labels, boxes = match_anchors(every, *target, RPN_MATCH_IOU, RPN_BACKGROUND_IOU)
+    by_key = random_keys(targets["noise"][b : b + 1], 0, len(every))[0].argsort(descending=True)
+    ones = by_key[labels[by_key] >= 0][:RPN_POSITIVES]
+    zeros = by_key[labels[by_key] == BACKGROUND][: RPN_SAMPLES - len(ones)]
+    chosen, wanted = logits[torch.cat((ones, zeros))], torch.cat((torch.ones(len(ones)), torch.zeros(len(zeros))))
+    entropy += F.binary_cross_entropy_with_logits(chosen, wanted.to(chosen.device), reduction="sum")
+    mine = labels >= 0
+    wanted = encode_boxes(boxes[mine], every[mine])
+    miss = F.huber_loss(codes[mine], wanted, reduction="none", delta=RPN_HUBER_DELTA).mean(1)
+    huber = huber.index_add(0, level[mine], miss)
+    count = count.index_add(0, level[mine], torch.ones_like(miss))
+return {"rpn_class": entropy / RPN_SAMPLES / len(targets["boxes"]), "rpn_box": mean_over_ranks(huber, count).sum()}""",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "an image at a time",
+                """rows = []
+keys = random_keys(targets["noise"], 1, MAX_PROPOSALS + targets["boxes"].shape[1])
+for drawn, objects, labels, key in zip(proposals, targets["boxes"], targets["labels"], keys):
+    number = torch.arange(len(objects), device=objects.device)[labels >= 0]
+    boxes = torch.cat((drawn, objects[number]))
+    key = torch.cat((key[: len(drawn)], key[MAX_PROPOSALS + number]))
+    boxes = boxes[key.argsort(descending=True)]
+    best, index = torch.zeros(len(boxes)).to(boxes), torch.zeros(len(boxes)).to(labels)
+    if len(number) and len(boxes):
+        best, index = box_iou(boxes, objects[number]).max(1)
+        index = number[index]
+    front = (best > ROI_IOU).nonzero().flatten()[:foreground_count]
+    back = (best < ROI_IOU).nonzero().flatten()[: count - len(front)]
+    taken, more = torch.cat((front, back)), count - len(front) - len(back)
+    of = torch.cat((labels[index[front]], torch.full_like(back, BACKGROUND)))
+    of, index = F.pad(of, (0, more), value=IGNORED), F.pad(index[taken], (0, more))
+    rows.append((F.pad(boxes[taken], (0, 0, 0, more)), of, index))
+return RoIs(*(torch.stack(part) for part in zip(*rows)))""",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "ranked by one number: kind, then key",
+                """real = [F.pad(torch.ones(len(p), dtype=torch.bool), (0, MAX_PROPOSALS - len(p))) for p in proposals]
+real = torch.cat((torch.stack(real).to(targets["labels"].device), targets["labels"] >= 0), 1)
+boxes = torch.stack([F.pad(p, (0, 0, 0, MAX_PROPOSALS - len(p))) for p in proposals])
+boxes = torch.cat((boxes, targets["boxes"]), 1)
+iou = torch.stack([box_iou(a, b) for a, b in zip(boxes, targets["boxes"])])
+best, matched = iou.nan_to_num().masked_fill((targets["labels"] < 0)[:, None], 0.0).max(2)
+key = random_keys(targets["noise"], 1, boxes.shape[1])
+mine = torch.where(real & (best > ROI_IOU), key, -1)
+least = mine.topk(foreground_count).values[:, -1:]
+mine = (mine >= least) & (mine >= 0)
+rank = torch.where(real & (best < ROI_IOU), key, -1) + torch.where(mine, key + 2**33, 0)
+rank, index = rank.topk(count)
+labels = torch.where(mine.gather(1, index), targets["labels"].gather(1, matched.gather(1, index)), BACKGROUND)
+boxes = torch.where(rank[..., None] >= 0, boxes[torch.arange(len(boxes))[:, None], index], 0.0)
+return RoIs(boxes, torch.where(rank >= 0, labels, IGNORED), matched.gather(1, index))""",
+            ),
+        ),
     },
     "a8": {
-        "wrong": (),
-        "right": (),
+        "wrong": (
+            Variant(
+                "heads.roi_features",
+                "half a pixel to the upper left",
+                (("[:, None] + 0.5", "[:, None]"),),
+                "without half a pixel",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "the mask in the frame of the image",
+                (
+                    (
+                        "places = (places - boxes[..., None, :2]) / (boxes[..., None, 2:] - boxes[..., None, :2])",
+                        "places = places / masks.shape[-1]",
+                    ),
+                ),
+                "the mask, bilinearly|frame is its object's box",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "the whole mask, whatever the RoI",
+                (
+                    (
+                        "low + centres[:, None] * side",
+                        "boxes[..., None, :2] + centres[:, None] * (boxes[..., None, 2:] - boxes[..., None, :2])",
+                    ),
+                ),
+                "frame is its object's box",
+            ),
+            Variant(
+                "heads.roi_levels",
+                "rounded to the nearest",
+                ((".floor()", ".round()"),),
+                "rounded down",
+            ),
+            Variant(
+                "heads.roi_levels",
+                "rounded up",
+                ((".floor()", ".ceil()"),),
+                "rounded down",
+            ),
+            Variant(
+                "heads.roi_levels",
+                "no lowest and highest level",
+                (("level.clamp(LEVELS[0], LEVELS[-1])", "level.clamp(-9, 99)"),),
+                "no lower than P3, no higher than P7",
+            ),
+            Variant(
+                "heads.roi_levels",
+                "the area without its root",
+                ((".sqrt()", ""),),
+                "one level up per doubling",
+            ),
+            Variant(
+                "heads.roi_levels",
+                "the longer side",
+                (
+                    (
+                        "((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()",
+                        "(boxes[:, 2:] - boxes[:, :2]).amax(1)",
+                    ),
+                ),
+                "root of the area",
+            ),
+            Variant(
+                "heads.roi_levels",
+                "floats",
+                ((".long()", ""),),
+                "int64",
+            ),
+            Variant(
+                "heads.roi_features",
+                "several samples of a cell",
+                (("sampling_ratio=1", "sampling_ratio=2"),),
+                "of each cell alone",
+            ),
+            Variant(
+                "heads.roi_features",
+                "not aligned, so that no RoI is below a pixel",
+                (("[:, None] + 0.5", "[:, None]"), ("aligned=True", "aligned=False")),
+                "not made a pixel wide",
+            ),
+            Variant(
+                "heads.roi_features",
+                "the level of the batch's largest RoI for all",
+                (
+                    (
+                        "level = roi_levels(image_boxes)",
+                        "level = roi_levels(image_boxes).max().expand(len(image_boxes))",
+                    ),
+                ),
+                "from its own level",
+            ),
+            Variant(
+                "heads.roi_features",
+                "all from P3",
+                (("level = roi_levels(image_boxes)", "level = torch.full_like(image_boxes[:, 0], 3)"),),
+                "from its own level",
+            ),
+            Variant(
+                "heads.roi_features",
+                "in the image's pixels",
+                (("image_boxes / (2.0**level)[:, None]", "image_boxes"),),
+                "at x / stride",
+            ),
+            Variant(
+                "heads.roi_features",
+                "the first image's features for all",
+                (
+                    (
+                        "return roi_align(packed, rois",
+                        "return roi_align(packed[:1].expand_as(packed).contiguous(), rois",
+                    ),
+                ),
+                "from its own image",
+            ),
+            Variant(
+                "heads.roi_features",
+                "the level's top forgotten",
+                (("corners + torch.stack((torch.zeros_like(below), below), dim=1).repeat(1, 2)", "corners"),),
+                "from its own level",
+            ),
+            Variant(
+                "heads.roi_features",
+                "the level's top added to x",
+                (("(torch.zeros_like(below), below)", "(below, torch.zeros_like(below))"),),
+                "from its own level",
+            ),
+            Variant(
+                "heads.BoxHead.forward",
+                "no batch norm",
+                (("self.activation(self.bn(x))", "self.activation(x)"),),
+                "its batch norm, act",
+            ),
+            Variant(
+                "heads.BoxHead.forward",
+                "no activation",
+                (("self.activation(self.bn(x))", "self.bn(x)"),),
+                "its batch norm, act",
+            ),
+            Variant(
+                "heads.BoxHead.forward",
+                "no convolutions",
+                (("self.convs(x)", "x"),),
+                "convolutions, the layer",
+            ),
+            Variant(
+                "heads.BoxHead.forward",
+                "channels last",
+                (("self.convs(x).flatten(1)", "self.convs(x).permute(0, 2, 3, 1).flatten(1)"),),
+                r"\(C, 7, 7\) flattened",
+            ),
+            Variant(
+                "heads.BoxHead.forward",
+                "probabilities",
+                (("predict(self.class_predict, x),", "predict(self.class_predict, x).softmax(1),"),),
+                "class logits",
+            ),
+            Variant(
+                "heads.BoxHead.forward",
+                "coordinates before classes",
+                ((".unflatten(1, (-1, 4))", ".unflatten(1, (4, -1)).transpose(1, 2)"),),
+                "4 outputs of a class are together",
+            ),
+            Variant(
+                "heads.MaskHead.forward",
+                "probabilities",
+                (
+                    (
+                        "predict(self.mask_predict, self.up(self.convs(x)))",
+                        "predict(self.mask_predict, self.up(self.convs(x))).sigmoid()",
+                    ),
+                ),
+                "mask logits",
+            ),
+            Variant(
+                "heads.MaskHead.forward",
+                "enlarged by interpolation",
+                (("self.up(self.convs(x))", 'F.interpolate(self.convs(x), scale_factor=2.0, mode="bilinear")'),),
+                "mask logits: convolutions, up",
+            ),
+            Variant(
+                "heads.MaskHead.forward",
+                "not enlarged",
+                (("self.up(self.convs(x))", "self.convs(x)"),),
+                "mask logits.*shape",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "the background's codes for all",
+                (("box_codes.take_along_dim(classes[:, None, None], dim=1).squeeze(1)", "box_codes[:, 0]"),),
+                "own class, k \\+ 1",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "background last",
+                (
+                    (
+                        "classes = (rois.labels + 1).clamp(min=0).flatten()",
+                        "classes = rois.labels.flatten()\n"
+                        "classes = torch.where(classes < 0, class_logits.shape[1] - 1, classes)",
+                    ),
+                ),
+                "own class, k \\+ 1",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "a mean over all RoIs, padding among them",
+                (("real.sum())", "torch.ones_like(real).sum())"),),
+                "not padding",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "padding as background",
+                (("rois.labels > IGNORED", "rois.labels >= IGNORED"),),
+                "not padding",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "the weights left out",
+                (("encode_boxes(boxes, roi_boxes, BOX_CODE_WEIGHTS)", "encode_boxes(boxes, roi_boxes)"),),
+                "in BOX_CODE_WEIGHTS",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "a box loss of background",
+                (("codes = torch.where(foreground[:, None], codes, 0.0)", "codes = codes + 0.0"),),
+                "of the foreground",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "a mean over all RoIs' coordinates",
+                (("4 * foreground.sum()", "4 * real.sum()"),),
+                "coordinates of the foreground",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "a sum over the coordinates",
+                (("4 * foreground.sum()", "foreground.sum()"),),
+                "mean over the 4 coordinates",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "RetinaNet's delta",
+                (("delta=ROI_HUBER_DELTA", "delta=HUBER_DELTA"),),
+                "delta 1,",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "means over this rank alone",
+                (("mean_over_ranks(entropy.sum(), real.sum())", "entropy.sum() / real.sum().clamp(min=1)"),),
+                "over all ranks",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "dividing by nothing",
+                (("mean_over_ranks(box, 4 * foreground.sum())", "box / (4 * foreground.sum())"),),
+                "not NaN",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "rounded",
+                (("values[:, 0], 0.0)", "values[:, 0].round(), 0.0)"),),
+                "bilinearly",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "the nearest of the mask's cells",
+                (('mode="bilinear"', 'mode="nearest"'),),
+                "bilinearly",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "corners aligned",
+                (("align_corners=False", "align_corners=True"),),
+                "at each cell's centre",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "from edge to edge",
+                (
+                    (
+                        "(torch.arange(MASK_TARGET_SIDE, device=boxes.device) + 0.5) / MASK_TARGET_SIDE",
+                        "torch.linspace(0, 1, MASK_TARGET_SIDE, device=boxes.device)",
+                    ),
+                ),
+                "at each cell's centre",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "the mask's edge beyond the object's box",
+                (
+                    (
+                        "((grid >= 0) & (grid <= 1)).all(dim=-1) & foreground",
+                        "torch.ones_like(grid[..., 0], dtype=torch.bool) & foreground",
+                    ),
+                ),
+                "outside of the object's box the target is 0",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "fading at the edge of the object's box",
+                ((".clamp(-edge, edge)", ""),),
+                "sees nothing else|not rounded|bilinearly",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "x and y swapped",
+                (
+                    (
+                        "torch.broadcast_tensors(x[:, None, :], y[:, :, None])",
+                        "torch.broadcast_tensors(y[:, None, :], x[:, :, None])",
+                    ),
+                ),
+                "the mask, bilinearly|frame",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "the first object's mask for all",
+                (
+                    (
+                        'rois.of_objects(targets["masks"])',
+                        'targets["masks"][:, :1].expand(-1, rois.labels.shape[1], -1, -1)',
+                    ),
+                ),
+                "the mask, bilinearly",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "of background, too",
+                ((" & foreground.flatten()[:, None, None]", ""),),
+                "not foreground the target is 0",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "all classes",
+                (
+                    (
+                        "mask_logits.take_along_dim(classes[:, None, None, None], dim=1).squeeze(1).float()",
+                        "mask_logits.mean(1).float()",
+                    ),
+                ),
+                "own class",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "a class off by one",
+                (("rois.labels + 1", "rois.labels"),),
+                "own class, k \\+ 1",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "a mean over background and padding, too",
+                (("foreground.sum())", "torch.ones_like(foreground).sum())"),),
+                "mean over the foreground's",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "background's masks are 0",
+                (("foreground = (rois.labels >= 0)", "foreground = (rois.labels >= -1)"),),
+                "not of other classes, background",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "a sum over the cells",
+                ((".mean(dim=(1, 2))", ".sum(dim=(1, 2))"),),
+                "mean over the foreground's",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "of probabilities",
+                (
+                    (
+                        "F.binary_cross_entropy_with_logits(logits,",
+                        "F.binary_cross_entropy_with_logits(logits.sigmoid(),",
+                    ),
+                ),
+                "binary cross-entropy",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "a mean over this rank alone",
+                (
+                    (
+                        "mean_over_ranks(torch.where(foreground, entropy, 0.0).sum(), foreground.sum())",
+                        "torch.where(foreground, entropy, 0.0).sum() / foreground.sum().clamp(min=1)",
+                    ),
+                ),
+                "over all ranks",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "dividing by nothing",
+                (
+                    (
+                        "mean_over_ranks(torch.where(foreground, entropy, 0.0).sum(), foreground.sum())",
+                        "torch.where(foreground, entropy, 0.0).sum() / foreground.sum()",
+                    ),
+                ),
+                "not NaN",
+            ),
+        ),
+        "right": (
+            Variant(
+                "heads.roi_levels",
+                "by the area's thresholds",
+                """area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+return 3 + sum((area >= side**2).long() for side in (224, 448, 896, 1792))""",
+            ),
+            Variant(
+                "heads.roi_features",
+                "bilinear samples of the packed map, a level at a time",
+                """packed, tops = pyramid
+found = []
+for image, own in enumerate(boxes):
+    own = own.nan_to_num()
+    level = roi_levels(own)
+    top = torch.tensor(tops, device=own.device)[level - 3]
+    steps = (torch.arange(side, device=own.device) + 0.5) / side
+    stride = (2.0**level)[:, None]
+    x = (own[:, :1] + steps * (own[:, 2:3] - own[:, :1])) / stride
+    y = (own[:, 1:2] + steps * (own[:, 3:] - own[:, 1:2])) / stride + top[:, None]
+    height, width = packed.shape[2:]
+    x, y = 2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1).reshape(1, -1, side, 2)
+    values = F.grid_sample(packed[image : image + 1], grid, mode="bilinear", align_corners=True)[0]
+    found.append(values.unflatten(1, (-1, side)).transpose(0, 1))
+return torch.cat(found)""",
+            ),
+            Variant(
+                "heads.roi_features",
+                "boxes with their image's number",
+                """packed, tops = pyramid
+number = torch.cat([torch.full((len(b), 1), n, device=b.device) for n, b in enumerate(boxes)])
+every = torch.cat(list(boxes)).nan_to_num()
+level = roi_levels(every)
+shift = torch.tensor([[0.0, top, 0.0, top] for top in tops], device=every.device)[level - LEVELS[0]]
+rois = torch.cat((number, every * 0.5 ** level[:, None] + shift + 0.5), 1)
+return roi_align(packed, rois, (side, side), 1.0, 1, True)""",
+            ),
+            Variant(
+                "heads.BoxHead.forward",
+                "batch norm by hand of a vector",
+                """x = torch.flatten(self.convs(x), 1)
+x = self.bn(self.fc(x).unsqueeze(-1).unsqueeze(-1))
+x = self.activation(x).squeeze(-1).squeeze(-1)
+codes = predict(self.box_predict, x)
+return predict(self.class_predict, x), codes.reshape(len(x), codes.shape[1] // 4, 4)""",
+            ),
+            Variant(
+                "heads.MaskHead.forward",
+                "layer by layer",
+                """for conv in self.convs:
+    x = conv(x)
+x = self.up(x)
+return predict(self.mask_predict, x)""",
+            ),
+            Variant(
+                "loss.box_head_loss",
+                "only the RoIs that count",
+                """labels = rois.labels.flatten()
+real, mine = labels != IGNORED, labels >= 0
+entropy = F.cross_entropy(class_logits[real].float(), labels[real] + 1, reduction="sum")
+boxes = rois.of_objects(targets["boxes"]).reshape(-1, 4)[mine]
+wanted = encode_boxes(boxes, rois.boxes.reshape(-1, 4)[mine], BOX_CODE_WEIGHTS)
+found = box_codes[mine, labels[mine] + 1].float()
+box = F.smooth_l1_loss(found, wanted, reduction="sum", beta=1.0) / 4
+return {"class": mean_over_ranks(entropy, real.sum()), "box": mean_over_ranks(box, mine.sum())}""",
+            ),
+            Variant(
+                "loss.mask_targets",
+                "by torchvision's roi_align in the mask's pixels",
+                """from torchvision.ops import roi_align
+
+mine, boxes, objects = (part.flatten(0, 1) for part in rois.with_objects(targets))
+masks = rois.of_objects(targets["masks"]).flatten(0, 1)[:, None].float()
+low, scale = objects[:, :2].repeat(1, 2), masks.shape[-1] / (objects[:, 2:] - objects[:, :2]).repeat(1, 2)
+inner = (boxes - low) * scale
+numbered = torch.cat((torch.arange(len(masks), device=boxes.device)[:, None], inner), 1)
+side = MASK_TARGET_SIDE
+values = roi_align(masks, numbered, side, sampling_ratio=1, aligned=True)[:, 0]
+steps = (torch.arange(side, device=boxes.device) + 0.5) / side
+x = boxes[:, :1] + steps * (boxes[:, 2:3] - boxes[:, :1])
+y = boxes[:, 1:2] + steps * (boxes[:, 3:] - boxes[:, 1:2])
+x = (x >= objects[:, :1]) & (x <= objects[:, 2:3]) & mine[:, None]
+y = (y >= objects[:, 1:2]) & (y <= objects[:, 3:])
+return (values * x[:, None, :] * y[:, :, None]).unflatten(0, rois.labels.shape)""",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "only the foreground",
+                """labels = rois.labels.reshape(-1)
+mine = labels >= 0
+logits, wanted = mask_logits[mine, labels[mine] + 1].float(), mask_targets(rois, targets).flatten(0, 1)[mine]
+entropy = F.softplus(logits) - wanted * logits
+return {"mask": mean_over_ranks(entropy.sum() / MASK_TARGET_SIDE**2, mine.sum())}""",
+            ),
+        ),
     },
 }
