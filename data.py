@@ -68,7 +68,7 @@ class Annotations(NamedTuple):
         return rows[~self.crowd[rows]]
 
     def objects(self, i):
-        """Boxes (n, 4) xyxy float64, clipped to the image, and labels (n,) of image i, crowds left out."""
+        """Image i's boxes (n, 4) xyxy float64, new and clipped to the image, and labels (n,), both without crowds."""
         rows = self.rows(i)
         x, y, w, h = self.boxes[rows].T
         boxes = np.stack((x, y, x + w, y + h), axis=1)
@@ -363,7 +363,7 @@ class View(NamedTuple):
         return torch.tensor([self.height, self.width], dtype=torch.float32)
 
     def boxes(self, boxes):
-        """Source boxes (n, 4) xyxy -> boxes (n, 4) in the network's input, clipped to the region."""
+        """Source boxes (n, 4) xyxy -> new ones in the network's input, numpy both: clipped to the region, flipped."""
         scale = np.array([self.width / (self.right - self.left), self.height / (self.bottom - self.top)] * 2)
         boxes = ((boxes - [self.left, self.top] * 2) * scale).clip(0, [self.width, self.height] * 2)
         if self.flip:
@@ -371,7 +371,8 @@ class View(NamedTuple):
         return boxes
 
     def image(self, image, size):
-        """PIL image -> uint8 (3, S, S), channels last in memory: the rectangle, resized at once and padded."""
+        """PIL image -> uint8 (3, S, S), channels last in memory: the rectangle, resized at once (bilinear, antialiased:
+        PIL's BILINEAR) and flipped where `flip` says so, in the upper left corner of a square of the colour PAD."""
         pixels = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
         # The batch's dimension first: only then are all strides those of channels_last, and the resize 4 times as fast.
         pixels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
@@ -384,7 +385,8 @@ class View(NamedTuple):
 
 
 def full_view(height, width, size, scale=1.0):
-    """The whole image, its long side scaled to round(scale * size): what a test sees (authors' input_utils.py)."""
+    """The whole image, its long side scaled to round(scale * size), the short one by the same ratio and rounded, but to
+    1 at least; no flip. This is what a test sees (authors' input_utils.py)."""
     ratio = round(scale * size) / max(height, width)
     return View(0, 0, width, height, max(round(width * ratio), 1), max(round(height * ratio), 1))
 
@@ -392,9 +394,11 @@ def full_view(height, width, size, scale=1.0):
 def draw_view(rng, height, width, size, jitter, flip=True):
     """Scale jitter (paper section 5.1, protocols A to C; authors' input_utils.py), drawn from a numpy Generator.
 
-    The image is scaled as in `full_view` by a scale from U(jitter); a size x size window is cut from it at a
-    uniform integer offset. Only the source pixels under the window are kept, to be resized once.
-    Departure: their edges are rounded to whole pixels: the window moves by half of one, and stretches by one, at most.
+    The image is scaled as in `full_view` by a scale from U(jitter). Where that makes a side longer than `size`, `size`
+    of its pixels are kept, from an offset that is any whole number with equal chances; x and y are drawn apart. With
+    `flip` half of the views are mirrored. The draws may come in any order. The View has the source pixels under that
+    window, to be resized once. Departure: its edges are rounded to the nearest whole pixel, and one pixel stays at
+    least: the window moves by half of one, and stretches by one, at most.
     """
     full = full_view(height, width, size, rng.uniform(*jitter))
     edges = []
@@ -443,26 +447,28 @@ def permutation(seed, epoch, count):
 
 
 class TrainSet(Dataset):
-    """Training samples as a pure function of (seed, n): dataset[n] is image perm(n // N)[n mod N] of epoch n // N.
-
-    A sample is a dict: image uint8 (3, S, S) RGB; boxes (100, 4) float32 xyxy and labels (100,) int64, padded
-    with zeros and -1; region (2,) float32, the image's (height, width) in the square; noise, 32 random bits from which
-    the model draws anchors and RoIs; and, if the annotations have masks, masks (100, 112, 112) uint8, each inside its
-    own clipped box. Left out are only crowds, boxes outside the window, and, drawn anew, those above 100.
-    """
+    """Training samples as a pure function of (seed, n), whatever was asked for before; N images make an epoch."""
 
     def __init__(self, annotations, size, jitter, flip=True, seed=0):
         self.annotations, self.size, self.jitter, self.flip, self.seed = annotations, size, jitter, flip, seed
 
     def image_of(self, n):
-        """(epoch, index of the image) of sample n."""
+        """(epoch, index of the image) of sample n: n // N, and the entry n mod N of that epoch's `permutation`."""
         epoch, place = divmod(n, len(self.annotations.ids))
         return epoch, int(permutation(self.seed, epoch, len(self.annotations.ids))[place])
 
     def __getitem__(self, n):
+        """A dict: image uint8 (3, S, S), `read_checked`, as the View of `draw_view` shows it; boxes (100, 4) float32
+        xyxy and labels (100,) int64 in the annotations' order, then zeros and -1; region (2,) float32, the View's;
+        noise, an int of 32 random bits from which the model draws anchors and RoIs; and, if the annotations have masks,
+        masks (100, 112, 112) uint8: `crop_mask` of the part of each object's box that is seen, flipped with the View.
+
+        Left out are crowds, boxes of which the View leaves a side under MIN_SIDE and, of more than 100 others, all but
+        100, drawn anew in each epoch, in any order. Each (seed, n) has draws of its own. (As seeds (seed, epoch, 0) and
+        (seed, epoch), which is `permutation`'s, are the same to numpy: hence image + 1.)
+        """
         (epoch, i), a = self.image_of(n), self.annotations
         image = read_checked(a, i)
-        # image + 1, because (seed, epoch, 0) is the same seed to numpy as (seed, epoch).
         rng = np.random.default_rng((self.seed, epoch, i + 1))
         view = draw_view(rng, image.height, image.width, self.size, self.jitter, self.flip)
         source_boxes, labels = a.objects(i)
@@ -499,7 +505,7 @@ class EvalSet(Dataset):
 def micro_batches(first, last, batch, micro, rank=0, world=1):
     """Sample numbers of this rank's micro-batches of the steps first..last-1.
 
-    Step k has k * batch to (k + 1) * batch - 1, and its t-th micro-step's world * micro samples are contiguous.
+    Step k has k * batch to (k + 1) * batch - 1, its micro-step t the t-th world * micro, rank r of it the r-th micro.
     """
     for step in range(first, last):
         for start in range(step * batch + rank * micro, (step + 1) * batch, world * micro):

@@ -69,7 +69,8 @@ MAX_WAITING = 0.2  # share of the time, above which a warning comes
 
 
 def schedule(epochs, steps_per_epoch, batch_size, lr):
-    """The learning rate's corners, four (step, rate): warm-up's start and end, and the two drops."""
+    """The learning rate's corners, four (step, rate), by the constants above: warm-up's start and end, the two drops.
+    Batch b: rates b / LR_BATCH times as high, the warm-up as much shorter (a fraction). SHORT_DROPS are rounded up."""
     scale, total = batch_size / LR_BATCH, epochs * steps_per_epoch
     warmup = min(WARMUP_STEPS / scale, total * LONGEST_WARMUP)
     drops = [(epochs - before) * steps_per_epoch for before in DROPS]
@@ -80,10 +81,8 @@ def schedule(epochs, steps_per_epoch, batch_size, lr):
 
 
 def lr_at(step, epochs, steps_per_epoch, batch_size=LR_BATCH, lr=SHARED["lr"]):
-    """The learning rate of a step, a pure function: linear warm-up, then the peak, a tenth, a hundredth of it.
-
-    `lr` is per 256 images; the peak is lr * batch_size / 256. Source: paper section 5.1; authors' yaml files.
-    """
+    """The learning rate of a step, a pure function: linear warm-up, then the peak, a tenth of it from the first drop's
+    step on, a hundredth from the second's. `lr` is per 256 images (paper section 5.1; authors' yaml files)."""
     (_, lowest), (warmup, peak), *drops = schedule(epochs, steps_per_epoch, batch_size, lr)
     if step < warmup:
         return lowest + (step / warmup) * (peak - lowest)
@@ -101,17 +100,18 @@ def make_optimizer(model):
 def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
     """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the gradient's norm before clipping.
 
-    batches: this rank's micro-batches of the step. Nothing is read back from the device but by GradScaler and SyncBN.
-    """
+    batches: this rank's micro-batches. Each goes through `model(images, targets, sizes)`, whose sizes are the regions,
+    in place.autocast(); the gradients of its losses' sum are averaged over micro-batches and, in the last backward only
+    (no_sync), over ranks, then clipped to recipe["clip"]. Before each forward, torch is seeded by recipe["seed"], step,
+    micro-step and rank: a resumed run draws the same. Only GradScaler and SyncBN read back from the device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     means = {}
     for t, batch in enumerate(batches):
-        # Stochastic depth and DropBlock draw from this seed, so that a resumed run draws as one that never stopped.
         torch.manual_seed(int(np.random.SeedSequence((recipe["seed"], step, t, place.rank)).generate_state(1)[0]))
         targets = {k: v.to(place.device, non_blocking=True) for k, v in batch.items() if k != "image"}
-        last = t == len(batches) - 1  # only then are the gradients averaged over the ranks
+        last = t == len(batches) - 1
         with contextlib.nullcontext() if last or place.world == 1 else model.no_sync():
             with place.autocast():
                 losses = model(place.move(batch["image"]), targets, targets["region"])
@@ -127,11 +127,11 @@ def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
 
 
 def read_step(means, norm, stop, place):
-    """The loop's one host read: ({name: loss, mean over the ranks}, gradient norm, whether any rank asks to stop)."""
+    """The loop's one host read: ({name: loss, mean over the ranks}, gradient norm, whether any rank asks to stop), as
+    floats and a bool. The norm is the averaged gradient's, so all ranks have the same."""
     values = torch.stack([*means.values(), torch.full_like(norm, float(stop))])
     if place.world > 1:
         dist.all_reduce(values)
-    # The norm is the averaged gradient's, so all ranks have the same.
     *losses, stop, norm = torch.cat((values / place.world, norm[None])).tolist()
     return dict(zip(means, losses)), norm, stop > 0
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from make_shapes import SHAPES, write_shapes
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torchvision.transforms.functional import normalize
 
@@ -242,6 +243,41 @@ def test_select(coco_sample):
         assert part.path(k) == a.path(i)
 
 
+def crowds_at(*places):
+    """A `change` for write_coco: the objects at these places of the json become crowds."""
+
+    def change(content):
+        for place in places:
+            content["annotations"][place]["iscrowd"] = 1
+
+    return change
+
+
+def test_objects_by_hand(tmp_path):
+    """Oracle: by hand. Boxes of the image that is asked for, xyxy, float64, clipped to it; crowds, also the first, left
+    out; the annotations stay as they are."""
+    rows = [[5, 6, 7, 8], [-0.5, -1, 30, 20], [50, 30, 16, 20], [1, 2, 3, 4], [10, 10, 20.3, 5]]
+    root = write_coco(tmp_path, [[[1, 1, 9, 9]], rows, []], names="abc", change=crowds_at(1, 4))
+    a = load_annotations(root)
+    before = a.boxes.copy(), a.labels.copy()
+    wanted = [
+        ([[1, 1, 10, 10]], [0]),
+        ([[0, 0, 29.5, 19], [50, 30, 64, 48], [10, 10, 30.3, 15]], [1, 2, 1]),
+        ([], []),
+    ]
+    for i, (boxes, labels) in enumerate(wanted):
+        found, classes = a.objects(i)
+        said = f"boxes of image {i} are {np.shape(found)}, wanted {(len(boxes), 4)}, which leaves out crowds"
+        assert np.shape(found) == (len(boxes), 4), said
+        assert found.dtype == np.float64, f"boxes of image {i} are {found.dtype}, wanted float64"
+        apart = np.abs(found - np.reshape(boxes, (-1, 4))).max(initial=0)
+        assert apart < 1e-9, f"boxes of image {i}, 64 x 48: {found.tolist()}, wanted {boxes}"
+        classes = np.asarray(classes).tolist()
+        assert classes == labels, f"labels of image {i}: {classes}, wanted {labels}"
+    same = np.array_equal(a.boxes, before[0]) and np.array_equal(a.labels, before[1])
+    assert same, "objects() has changed the annotations themselves"
+
+
 def weights(outputs, scale, start, inputs):
     """(outputs, inputs): the antialiased bilinear (triangle) filter at start + (k + 1/2) * scale, over all inputs."""
     centre = start + (np.arange(outputs) + 0.5) * scale
@@ -281,8 +317,8 @@ def test_one_resize_equals_resize_then_crop(coco_sample):
 
 
 def test_window_by_the_official_rule():
-    """Oracle: SPEC's rule by hand, from the same draws. Sizes exactly; boxes within half a source pixel, exactly where
-    nothing is cut."""
+    """Oracle: the authors' rule (input_utils.py) by hand, from the draws that draw_view makes, in its order. Sizes
+    exactly; boxes within half a source pixel, exactly where nothing is cut."""
     for seed in range(300):
         rng = np.random.default_rng(seed)
         height, width, size = (int(v) for v in rng.integers(60, 700, 3))
@@ -326,23 +362,167 @@ def test_whole_pixel_windows_equal_pil(coco_sample):
     assert checked > 15
 
 
-def test_a_sliver_is_no_object(tmp_path):
-    """Oracle: by hand. A box that ends where the window begins is gone, also where rounding leaves it a last bit; what
-    stays has a finite loss."""
-    view = View(0, 0, 77, 77, 640, 640)
-    (box,) = view.boxes(np.array([[77.0, 10, 100, 40]]))
-    assert box[2] > box[0] and np.float32(box[2]) == np.float32(box[0])  # the trap
-    root = write_coco(tmp_path, [[[77, 10, 23, 30], [10, 10, 30, 30]]], size=(200, 200))
-    dataset = TrainSet(load_annotations(root), 640, (1, 1), flip=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "draw_view", lambda *arguments: view)
-        assert (dataset[0]["labels"] >= 0).sum() == 1
+BOXES = {  # source box -> in the network's input, by the view below: 40 x 80 pixels become 80 x 40, from (10, 20) on
+    "inside the window": ([15, 30, 45, 60], [10, 5, 70, 20]),
+    "over its left and upper edge": ([0, 0, 30, 40], [0, 0, 40, 10]),
+    "over its right and lower edge": ([45, 90, 70, 120], [70, 35, 80, 40]),
+    "as large as the image": ([0, 0, 200, 200], [0, 0, 80, 40]),
+    "outside of it": ([60, 110, 70, 120], [80, 40, 80, 40]),
+}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_of_a_view_by_hand(flip):
+    """Oracle: by hand. Boxes are moved, scaled along each axis, clipped to the region and, with it, flipped; the given
+    ones stay as they are, and none are taken, too."""
+    view = View(10, 20, 50, 100, 80, 40, flip)
+    given = np.array([source for source, _ in BOXES.values()], dtype=float)
+    found = view.boxes(given)
+    assert isinstance(found, np.ndarray) and found.shape == (5, 4), f"boxes() gives {type(found)}, {np.shape(found)}"
+    for (case, (source, (x1, y1, x2, y2))), box in zip(BOXES.items(), found.tolist()):
+        wanted = [80 - x2, y1, 80 - x1, y2] if flip else [x1, y1, x2, y2]
+        assert box == pytest.approx(wanted, abs=1e-6), f"{view}, a box {case}, {source}: {box}, wanted {wanted}"
+    kept = given.tolist() == [source for source, _ in BOXES.values()]
+    assert kept, f"boxes() has changed the boxes that it was given, to {given.tolist()}"
+    none = view.boxes(np.zeros((0, 4)))
+    assert none.shape == (0, 4), f"boxes() of no boxes gives {none.shape}, wanted (0, 4)"
+
+
+VIEWS = {
+    "the whole image, smaller": View(0, 0, 120, 90, 50, 38),
+    "the whole image, larger": View(0, 0, 120, 90, 128, 96),
+    "a window, smaller": View(31, 7, 112, 80, 27, 36),
+    "a window, larger": View(15, 40, 75, 90, 128, 100),
+    "one pixel": View(60, 50, 61, 51, 5, 3),
+}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("case", VIEWS)
+def test_pixels_of_a_view(case, flip):
+    """Oracle: the triangle filter over the rectangle of a noisy image, within 2/255 but for 3 px inside the window's
+    cut edges; a region that is flipped stays where it is; around it lies PAD."""
+    view, size = VIEWS[case]._replace(flip=flip), 128
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    found = view.image(Image.fromarray(pixels), size)
+    said = f"{found.dtype} {tuple(found.shape)}"
+    assert said == "torch.uint8 (3, 128, 128)", f"image() gives {said}, wanted uint8 (3, 128, 128)"
+    assert found.permute(1, 2, 0).is_contiguous(), f"image() is not channels last in memory: strides {found.stride()}"
+    found = found.permute(1, 2, 0).numpy().astype(int)
+    around = np.ones((size, size), dtype=bool)
+    around[: view.height, : view.width] = False
+    colours = np.unique(found[around], axis=0).tolist()
+    assert colours in ([], [PAD.tolist()]), f"{view}: around the region are {colours[:4]}, wanted {PAD.tolist()} alone"
+    cut = pixels[view.top : view.bottom, view.left : view.right]
+    wanted = resize_all(cut, View(0, 0, *cut.shape[1::-1], view.width, view.height))
+    rows = slice(3 * (view.top > 0), view.height - 3 * (view.bottom < 90))
+    columns = slice(3 * (view.left > 0), view.width - 3 * (view.right < 120))
+    ours = found[: view.height, : view.width]
+    error = np.abs((ours[:, ::-1] if flip else ours) - wanted)[rows, columns].max(initial=0)
+    assert error <= 2, f"{case}, {view}: a pixel of the region is {error:.0f} from the antialiased bilinear resize"
+
+
+FULL_VIEWS = [  # height, width, size, scale -> width and height in the network's input
+    (480, 640, 640, 1.0, 640, 480),
+    (640, 480, 320, 1.0, 240, 320),
+    (333, 500, 640, 1.0, 640, 426),  # of 426.24
+    (500, 334, 640, 1.0, 428, 640),  # of 427.52
+    (500, 334, 640, 0.7, 299, 448),  # of 299.26
+    (200, 101, 128, 1.803, 117, 231),  # of 116.7 and 230.8
+    (1, 1, 128, 1.0, 128, 128),
+    (20, 10000, 128, 1.0, 128, 1),  # of 0.256
+]
+
+
+@pytest.mark.parametrize("height, width, size, scale, wide, high", FULL_VIEWS)
+def test_the_whole_image_by_hand(height, width, size, scale, wide, high):
+    """Oracle: by hand. The long side is size * scale, the other in proportion, rounded; nothing is cut or flipped."""
+    found, wanted = full_view(height, width, size, scale), View(0, 0, width, height, wide, high)
+    assert found == wanted, f"{height} x {width} at {scale} * {size}: {found}, wanted {wanted}"
+
+
+def near_even(counts, expected, what):
+    """Fail if counts differ from those expected of a fair draw by more than five standard deviations."""
+    expected = np.broadcast_to(expected, np.shape(counts))
+    wrong = int((np.abs(counts - expected) > 5 * np.sqrt(expected) + 1).sum())
+    assert wrong == 0, f"{what}: {np.asarray(counts).tolist()}, expected {expected.round().astype(int).tolist()}"
+
+
+def test_the_scale_is_drawn_evenly():
+    """Oracle: counting 4000 views, of which nothing is cut. Scales are as many in each tenth of the range; both sides
+    have the same; half of the views are flipped, none where that is not wanted."""
+    rng, jitter = np.random.default_rng(0), (0.5, 0.9)
+    views = [draw_view(rng, 300, 400, 1000, jitter) for _ in range(4000)]
+    whole = {view[:4] for view in views}
+    said = f"where nothing is cut, the rectangle is {list(whole)[:3]}, wanted (0, 0, 400, 300)"
+    assert whole == {(0, 0, 400, 300)}, said
+    long, short = (np.array([getattr(view, side) for view in views]) for side in ("width", "height"))
+    said = f"scales from U{jitter} make 1000 pixels {long.min()} to {long.max()}"
+    assert 500 <= long.min() <= 502 and 898 <= long.max() <= 900, said
+    near_even(np.histogram(long, np.linspace(500, 900, 11))[0], 400, "scales by tenths of their range")
+    apart = np.abs(short - 0.75 * long).max()
+    assert apart <= 1, f"a height is {apart:.1f} pixels from 3/4 of its width: one scale is for both sides"
+    flips = sum(bool(view.flip) for view in views)
+    near_even([flips, 4000 - flips], 2000, "views that are flipped and not")
+    flips = sum(bool(draw_view(rng, 300, 400, 1000, jitter, flip=False).flip) for _ in range(100))
+    assert flips == 0, f"{flips} of 100 views are flipped, though flip=False"
+
+
+def test_the_window_is_drawn_evenly():
+    """Oracle: counting 5200 windows of 50 x 50 in a 30 x 40 image, scaled to 75 x 100. They begin at each whole source
+    pixel as often as an even draw of the offset, times 0.4 and rounded, comes there; x and y do not go together."""
+    rng, draws = np.random.default_rng(0), 5200
+    views = [draw_view(rng, 30, 40, 50, (2.0, 2.0)) for _ in range(draws)]
+    sizes = {view[4:6] for view in views}
+    assert sizes == {(50, 50)}, f"windows of 50 x 50 have the sizes {list(sizes)[:3]}"
+    for first, last, source, scaled in (("left", "right", 40, 100), ("top", "bottom", 30, 75)):
+        low, high = (np.array([getattr(view, name) for view in views]) for name in (first, last))
+        said = f"{first} is {low.min()} to {low.max()}, {last} {high.min()} to {high.max()}, the image's side {source}"
+        assert low.min() >= 0 and high.max() <= source, said
+        widths = np.unique(high - low).tolist()
+        assert widths == [20], f"50 of {scaled} pixels are 20 of {source}, but {last} - {first} is {widths}"
+        edges = np.round(np.arange(scaled - 50 + 1) * 0.4).astype(int)
+        expected = np.bincount(edges) * draws / len(edges)
+        near_even(np.bincount(low, minlength=len(expected)), expected, f"windows by {first}")
+    together = np.corrcoef([view.left for view in views], [view.top for view in views])[0, 1]
+    assert abs(together) < 0.1, f"offsets along x and y go together: correlation {together:.2f}"
+
+
+def test_only_the_longer_side_is_cut():
+    """Oracle: by hand. Of 30 x 100 pixels, scaled to 75 x 250, a window of 100 has all rows and 40 of the columns."""
+    rng = np.random.default_rng(0)
+    for view in (draw_view(rng, 30, 100, 100, (2.5, 2.5)) for _ in range(50)):
+        wide, high = (view.right - view.left, view.width), (view.top, view.bottom, view.height)
+        assert wide == (40, 100), f"{view}: {wide[0]} columns become {wide[1]}, wanted 40 and 100"
+        assert high == (0, 30, 75), f"{view}: rows {high[0]} to {high[1]} become {high[2]}, wanted 0 to 30, and 75"
+
+
+def test_views_come_from_the_generator():
+    """Oracle: repetition. Equal generators give equal views, others others."""
+    first, again, other = ([draw_view(np.random.default_rng(s), 300, 400, 320, (1.5, 2)) for s in k] for k in SEEDS)
+    differ = [s for s, (x, y) in enumerate(zip(first, again)) if x != y]
+    assert not differ, f"the view from default_rng({differ[0]}) differs at its second call"
+    assert len({*first, *other}) >= 39, f"only {len({*first, *other})} different views from 40 generators"
+
+
+SEEDS = range(20), range(20), range(20, 40)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (50, 10000), (10000, 50), (700, 3)])
+def test_a_view_has_pixels(height, width):
+    """Oracle: by hand. A view of an image of any shape lies inside it, and has a pixel at least on either side."""
+    rng = np.random.default_rng(0)
+    for view in (draw_view(rng, height, width, 128, (0.1, 8.0)) for _ in range(200)):
+        inside = 0 <= view.left < view.right <= width and 0 <= view.top < view.bottom <= height
+        assert inside, f"{view} is no rectangle of an image of {height} x {width}"
+        sizes = 1 <= view.width <= 128 and 1 <= view.height <= 128
+        assert sizes, f"{view} of an image of {height} x {width} should have sides of 1 to 128"
 
 
 def test_boxes_follow_the_pixels():
-    """Oracle: a drawn rectangle's own pixels, found again after 200 random views, flips among them."""
+    """Oracle: a drawn rectangle's own pixels, found again after 100 random views, flips among them."""
     seen = flips = 0
-    for seed in range(200):
+    for seed in range(100):
         rng = np.random.default_rng(seed)
         height, width = (int(v) for v in rng.integers(100, 500, 2))
         x1, y1 = rng.integers(0, width - 40), rng.integers(0, height - 40)
@@ -356,13 +536,14 @@ def test_boxes_follow_the_pixels():
             continue
         rows, columns = np.flatnonzero(out.any(1)), np.flatnonzero(out.any(0))
         found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
-        assert np.abs(box - found).max() <= 1, (seed, box, found)
+        error = np.abs(box - found).max()
+        assert error <= 1, f"{view}: the box of a rectangle is {box.round(1).tolist()}, its pixels are in {found}"
         seen, flips = seen + 1, flips + view.flip
-    assert seen > 150 and 50 < flips < 150
+    assert seen > 70 and 20 < flips < 80, f"{seen} of 100 views show the rectangle, {flips} of these are flipped"
 
 
 def test_a_sample(coco_sample):
-    """Oracle: DESIGN's contract. Types, shapes, padding, padding colour; the same twice, another in another epoch."""
+    """Oracle: by hand. Types, shapes, padding, padding colour; the same twice, another in another epoch."""
     a = load_annotations(coco_sample)
     dataset = TrainSet(a, 256, (0.4, 0.6), seed=3)
     for n in range(10):
@@ -382,27 +563,167 @@ def test_a_sample(coco_sample):
     assert not torch.equal(dataset[later]["image"], dataset[0]["image"])
 
 
+def test_an_epoch_sees_every_image_once(tmp_path):
+    """Oracle: counting. Samples n of epoch n // N are a permutation of the images, another in the next epoch and for
+    another seed, the same at every call."""
+    a = load_annotations(write_coco(tmp_path, [[]] * 13))
+    orders = {}
+    for seed in (0, 1):
+        for epoch in (2, 0, 1):
+            found = [TrainSet(a, 128, (1, 1), seed=seed).image_of(n) for n in range(13 * epoch, 13 * epoch + 13)]
+            epochs, order = (list(part) for part in zip(*found))
+            what = f"seed {seed}, samples {13 * epoch} to {13 * epoch + 12} of 13 images"
+            assert epochs == [epoch] * 13, f"{what}: epochs {epochs}, wanted {epoch}"
+            assert sorted(order) == list(range(13)), f"{what}: images {order}, wanted each once"
+            orders[seed, epoch] = tuple(order)
+    different = len(set(orders.values()))
+    assert different == 6, f"{different} different orders of 3 epochs for 2 seeds: {orders}"
+    dataset = TrainSet(a, 128, (1, 1), seed=1)
+    for n in (38, 0, 17, 0):
+        found, wanted = dataset.image_of(n)[1], orders[1, n // 13][n % 13]
+        assert found == wanted, f"sample {n} is image {found} at one call and {wanted} at another"
+
+
 def test_a_sample_of_shapes(shapes):
-    """Oracle: the annotations. Without jitter or flip a sample's boxes are the objects, scaled, crowds left out;
-    with them it is the same at every call, and another in the next epoch."""
+    """Oracle: the annotations. Without jitter or flip a sample's boxes are all objects that are no crowds, scaled; the
+    range of the scale is the one that was given."""
     a = load_annotations(shapes)
-    plain = TrainSet(a, 256, (1, 1), flip=False)
-    for n in range(20):
+    plain, half = (TrainSet(a, 256, (scale, scale), flip=False) for scale in (1.0, 0.5))
+    crowds = 0
+    for n in range(60):
         sample, i = plain[n], plain.image_of(n)[1]
-        boxes, labels = a.objects(i)
+        rows = [m for m in range(*a.spans[i]) if not a.crowd[m]]
+        crowds += a.spans[i, 1] - a.spans[i, 0] - len(rows)
         scale = 256 / max(a.heights[i], a.widths[i])
-        real = sample["labels"] >= 0
-        assert real.tolist() == [True] * len(labels) + [False] * (100 - len(labels))
-        assert sample["labels"][real].tolist() == labels.tolist() and not a.crowd[a.rows(i)].any()
-        assert np.abs(sample["boxes"][real].numpy() - boxes * scale).max() < 1
-        assert sample["image"].shape == (3, 256, 256) and sample["image"].dtype == torch.uint8
-        assert sample["region"].max() == 256 and sample["boxes"].dtype == torch.float32
-    dataset = TrainSet(a, 256, (0.5, 2.0), seed=1)
-    for n in range(5):
-        first, again = dataset[n], dataset[n]
-        assert all(torch.equal(torch.as_tensor(first[k]), torch.as_tensor(again[k])) for k in first)
-        later = next(m for m in range(60, 120) if dataset.image_of(m) == (1, dataset.image_of(n)[1]))
-        assert not torch.equal(dataset[later]["image"], first["image"])
+        region = [int(a.heights[i] * scale + 0.5), int(a.widths[i] * scale + 0.5)]
+        what = f"sample {n}, image {i} of {a.heights[i]} x {a.widths[i]}"
+        found = sample["labels"].tolist()
+        wanted = a.labels[rows].tolist() + [-1] * (100 - len(rows))
+        assert found == wanted, f"{what}: labels {found[:9]}..., wanted {wanted[:9]}..."
+        found, wanted = sample["boxes"].numpy(), np.zeros((100, 4))
+        wanted[: len(rows)] = a.boxes[rows] @ [[1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 1]] * scale
+        error = np.abs(found - wanted).max(axis=1)
+        k = error.argmax()
+        assert error[k] < 1, f"{what}: box {k} is {found[k].tolist()}, wanted {wanted[k].round(1).tolist()}"
+        found = sample["region"].tolist()
+        assert found == pytest.approx(region, abs=1), f"{what}: region {found}, wanted (height, width) {region}"
+        found = half[n]["region"].max().item() if n < 5 else 128
+        assert found == 128, f"{what}: the region's long side is {found} of 256 pixels at scale 0.5"
+    assert crowds > 0
+
+
+def fixed_view(monkeypatch, view):
+    """Let every sample be seen by this view."""
+    monkeypatch.setattr(data, "draw_view", lambda *arguments, **options: view)
+
+
+def masks_at_corners(*crowds):
+    """A `change` for write_coco: object k's mask is its box without the k-th corner; some objects are crowds."""
+
+    def change(content):
+        for k, o in enumerate(content["annotations"]):
+            x, y, w, h = o["bbox"]
+            corners = [x, y], [x + w, y], [x + w, y + h], [x, y + h]
+            o["segmentation"] = [sum((c for j, c in enumerate(corners) if j != k % 4), [])]
+            o["iscrowd"] = int(k in crowds)
+
+    return change
+
+
+KINDS = {
+    "image": "torch.uint8 (3, 96, 96)",
+    "boxes": "torch.float32 (100, 4)",
+    "labels": "torch.int64 (100,)",
+    "region": "torch.float32 (2,)",
+    "masks": "torch.uint8 (100, 112, 112)",
+}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_sample_by_hand(flip, tmp_path, monkeypatch):
+    """Oracle: by hand, for a given view. Types and shapes; what is left out: crowds, also the first, and what the view
+    leaves less than 0.01 px of, as 0.008 and 0.0; the others' boxes, labels and masks, in order; the pixels."""
+    rows = [[12, 10, 20, 20], [20, 30, 24, 20], [0, 0, 10, 48], [40, 20, 24, 28], [16, 16, 9, 9], [49.996, 12, 9, 20]]
+    rows += [[1, 1, 40, 40], [49.98, 12, 9, 20]]
+    root = write_coco(tmp_path, [rows], names="abcdefgh", change=masks_at_corners(0, 4))
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(root / TRAIN / "0.png")
+    a, view = load_annotations(root, masks=True), View(10, 8, 50, 48, 80, 60, flip)
+    fixed_view(monkeypatch, view)
+    sample = TrainSet(a, 96, (1, 1))[0]
+    bare = TrainSet(load_annotations(root), 96, (1, 1))[0]
+    wanted = sorted([*KINDS, "noise"])
+    assert sorted(sample) == wanted, f"with masks, a sample has {sorted(sample)}, wanted {wanted}"
+    assert bare.keys() == sample.keys() - {"masks"}, f"without masks, a sample has {sorted(bare)}"
+    for name, kind in KINDS.items():
+        found = f"{sample[name].dtype} {tuple(sample[name].shape)}"
+        assert found == kind, f"{name} is {found}, wanted {kind}"
+    found = sample["region"].tolist()
+    assert found == [60, 80], f"region is {found}, wanted (height, width) [60, 80]"
+    wanted = {1: [20, 33, 68, 60], 3: [60, 18, 80, 60], 6: [0, 0, 62, 49.5], 7: [79.96, 6, 80, 36]}
+    labels = sample["labels"].tolist()
+    said = f"labels {labels[:9]}..., wanted {[*wanted]} and -1: which objects are left out, and how is it padded?"
+    assert labels == [*wanted] + [-1] * 96, said
+    for k, (x1, y1, x2, y2) in enumerate(wanted.values()):
+        found, box = sample["boxes"][k].tolist(), [80 - x2, y1, 80 - x1, y2] if flip else [x1, y1, x2, y2]
+        assert found == pytest.approx(box, abs=1e-3), f"flip {flip}: box {k} is {found}, wanted {box}"
+    assert not sample["boxes"][4:].any(), "behind the objects, boxes are not 0"
+    wrong = (sample["image"] != view.image(Image.fromarray(noise), 96)).float().mean().item()
+    assert wrong == 0, f"{wrong:.0%} of the pixels are not those of the view's own image"
+    for k, m in enumerate(wanted):
+        share = wrong_cells(sample["masks"][k], a, m, 0, view)
+        assert share < 0.01, f"flip {flip}: {share:.0%} of mask {k} is not what the window shows of object {m}'s"
+    assert not sample["masks"][4:].any(), "behind the objects, masks are not 0"
+
+
+def wrong_cells(found, a, m, i, view):
+    """The share of a target mask's cells that aren't the pixel of object m, of image i, under the cell's centre, in the
+    part of the object's box that the view shows."""
+    bitmap = coco_mask.decode(a.mask(i, m))
+    x, y, w, h = a.boxes[m]
+    left, right = (min(max(v, view.left, 0), view.right, bitmap.shape[1]) for v in (x, x + w))
+    top, bottom = (min(max(v, view.top, 0), view.bottom, bitmap.shape[0]) for v in (y, y + h))
+    cells = (np.arange(112) + 0.5) / 112
+    columns = (left + (cells[::-1] if view.flip else cells) * (right - left)).astype(int)
+    wanted = bitmap[(top + cells * (bottom - top)).astype(int)][:, columns]
+    return (found.numpy() != wanted).mean()
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    """Oracle: by hand. A sample of an image that is not as large as the json says is a UserError."""
+    root = write_coco(tmp_path, [[[1, 2, 30, 20]]])
+    dataset = TrainSet(load_annotations(root), 128, (1, 1))
+    Image.new("RGB", (48, 64)).save(root / TRAIN / "0.png")
+    with pytest.raises(UserError, match="48x64 pixels, but the json says 64x48"):
+        dataset[0]
+
+
+def test_each_sample_has_its_own_draws(tmp_path):
+    """Oracle: counting. Of 12 equal images, in 3 epochs of 2 seeds, no two samples have the same window or the same
+    noise; a sample is the same whatever was asked for before. Noise is an int of 32 random bits."""
+    root = write_coco(tmp_path, [[[0, 0, 256, 192]]] * 12, size=(256, 192))
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (192, 256, 3), dtype=np.uint8))
+    for i in range(12):
+        pixels.save(root / TRAIN / f"{i}.png")
+    a = load_annotations(root)
+    samples = {(seed, n): TrainSet(a, 256, (1.2, 2.0), seed=seed)[n] for seed in (0, 1) for n in range(36)}
+    for what, value in (("pixels", lambda sample: sample["image"].numpy().tobytes()), ("noise", lambda s: s["noise"])):
+        seen = {}
+        for key, sample in samples.items():
+            other = seen.setdefault(value(sample), key)
+            assert other == key, f"the same {what} for (seed, n) {key} as for {other}, in epochs of 12 equal images"
+    noise = [sample["noise"] for sample in samples.values()]
+    kinds = {type(v).__name__ for v in noise}
+    assert kinds == {"int"}, f"noise is {kinds}, wanted int"
+    assert min(noise) >= 0 and max(noise) < 2**32, f"noise is from {min(noise)} to {max(noise)}, wanted 0 to 2**32 - 1"
+    for bit in range(32):
+        ones = sum(v >> bit & 1 for v in noise)
+        assert 14 < ones < 58, f"bit {bit} of noise is set in {ones} of 72 samples, wanted about half"
+    dataset = TrainSet(a, 256, (1.2, 2.0), seed=1)
+    for n in (35, 3, 20, 3):
+        for name, value in dataset[n].items():
+            same = torch.equal(torch.as_tensor(value), torch.as_tensor(samples[1, n][name]))
+            assert same, f"{name} of sample {n} depends on which samples were asked for before"
 
 
 def test_normalize_by_hand():
@@ -435,28 +756,27 @@ def test_padding_normalizes_to_zero():
     assert Normalize()(image).abs().max() < 0.5 / 57, "the padding's colour, which is PIXEL_MEAN's, becomes 0"
 
 
-def test_an_epoch_sees_every_image_once():
-    """Oracle: counting. Samples n of epoch n // N are a permutation of the images, another in the next epoch."""
-    a = load_annotations_stub(13)
-    dataset = TrainSet(a, 128, (1, 1))
-    orders = [[dataset.image_of(n)[1] for n in range(13 * e, 13 * e + 13)] for e in range(3)]
-    assert all(sorted(order) == list(range(13)) for order in orders) and len(set(map(tuple, orders))) == 3
-
-
-def load_annotations_stub(count):
-    class Stub:
-        ids = np.arange(count)
-
-    return Stub()
-
-
 @pytest.mark.parametrize("world, micro", [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (4, 1)])
 def test_global_batches_do_not_depend_on_the_hardware(world, micro):
-    """Oracle: SPEC's formula. Step k holds samples 8k..8k+7, and micro-step t a contiguous part of them."""
-    per_rank = [list(micro_batches(3, 6, 8, micro, rank, world)) for rank in range(world)]
-    micro_steps = [sum(parts, []) for parts in zip(*per_rank)]
-    assert sum(micro_steps, []) == list(range(24, 48))
-    assert all(len(part) == world * micro for part in micro_steps)
+    """Oracle: by hand. Steps 3 to 5 hold samples 24 to 47 in order, read micro-step by micro-step, rank by rank."""
+    per_rank = [[list(b) for b in micro_batches(3, 6, 8, micro, rank, world)] for rank in range(world)]
+    whose = f"{world} ranks, micro-batches of {micro}, steps 3 to 5 of 8 samples: "
+    sizes = {len(batch) for batches in per_rank for batch in batches}
+    assert sizes == {micro}, f"{whose}micro-batches of {sorted(sizes)} samples"
+    counts, each = [len(batches) for batches in per_rank], 24 // world // micro
+    assert counts == [each] * world, f"{whose}{counts} micro-batches, wanted {each} for each rank"
+    found = sum((batch for batches in zip(*per_rank) for batch in batches), [])
+    assert found == list(range(24, 48)), f"{whose}rank by rank the samples are {found}, wanted 24 to 47 in order"
+
+
+def test_micro_batches_by_hand():
+    """Oracle: by hand. Two of two ranks' micro-batches of steps 1 and 2, with batches of 8 in micro-batches of 2."""
+    wanted = [[8, 9], [12, 13], [16, 17], [20, 21]], [[10, 11], [14, 15], [18, 19], [22, 23]]
+    for rank in (0, 1):
+        found = [list(batch) for batch in micro_batches(1, 3, 8, 2, rank, 2)]
+        assert found == wanted[rank], f"rank {rank} of 2: {found}, wanted {wanted[rank]}"
+    found = list(micro_batches(4, 4, 8, 2))
+    assert found == [], f"from step 4 to step 4: {found}, wanted nothing"
 
 
 def test_batches_are_channels_last(shapes):
@@ -487,14 +807,39 @@ def test_workers_do_not_matter(shapes):
 
 
 def test_more_than_100_objects(tmp_path):
-    """Oracle: counting. 100 of 130 objects are kept, drawn anew in each epoch, and the image is counted."""
+    """Oracle: counting. 100 of 130 objects are kept, drawn anew in each epoch, each with its own label and mask; the
+    image is counted."""
     boxes = [[x, y, 9, 9] for y in range(0, 100, 10) for x in range(0, 130, 10)]
-    a = load_annotations(write_coco(tmp_path, [boxes], size=(130, 100)))
+    root = write_coco(tmp_path, [boxes], size=(130, 100), names="abcd", change=masks_at_corners())
+    a = load_annotations(root, masks=True)
     assert "1 with more than 100" in a.summary()
-    dataset = TrainSet(a, 128, (1, 1), flip=False)
-    first, second = dataset[0], dataset[1]
-    assert (first["labels"] >= 0).all() and not torch.equal(first["boxes"], second["boxes"])
-    assert len(first["boxes"].unique(dim=0)) == 100
+    dataset, drawn = TrainSet(a, 130, (1, 1), flip=False), []
+    for n in range(20):
+        sample = dataset[n]
+        count = (sample["labels"] >= 0).sum().item()
+        assert count == 100, f"of 130 objects sample {n} has {count}, wanted 100"
+        objects = [round(x / 10) + 13 * round(y / 10) for x, y, *_ in sample["boxes"].tolist()]
+        assert len(set(objects)) == 100, f"sample {n} has {len(set(objects))} different objects, wanted 100"
+        for k, m in enumerate(objects if n < 2 else []):
+            assert sample["labels"][k] == m % 4, f"sample {n}: object {m} has the label of another"
+            share = wrong_cells(sample["masks"][k], a, m, 0, View(0, 0, 130, 100, 130, 100))
+            assert share < 0.01, f"sample {n}: {share:.0%} of the mask of object {m} is not that object's"
+        drawn.append(set(objects))
+    assert drawn[0] != drawn[1], "the same 100 of 130 objects are kept in two epochs"
+    never = sorted(set(range(130)).difference(*drawn))
+    assert never == [], f"in 20 epochs the objects {never} of 130 were never kept"
+
+
+def test_100_are_drawn_of_those_that_are_seen(tmp_path, monkeypatch):
+    """Oracle: counting. Of 130 objects the window shows 70, which are all kept; or 120, of which 100 are."""
+    boxes = [[x, y, 9, 9] for y in range(0, 100, 10) for x in range(0, 130, 10)]
+    dataset = TrainSet(load_annotations(write_coco(tmp_path, [boxes], size=(130, 100))), 130, (1, 1))
+    for right, wanted in ((70, 70), (120, 100)):
+        fixed_view(monkeypatch, View(0, 0, right, 100, right, 100))
+        for n in range(3):
+            count = (dataset[n]["labels"] >= 0).sum().item()
+            what = f"the window shows {right} of 130 objects, and {count} are kept, wanted {wanted}"
+            assert count == wanted, what
 
 
 def write_coco(root, boxes, size=(64, 48), change=None, split=TRAIN, names=("thing",)):
@@ -610,8 +955,10 @@ def test_extreme_shapes(size, tmp_path):
     dataset = TrainSet(load_annotations(root), 128, (0.1, 2.0))
     for n in range(20):
         sample = dataset[n]
-        assert sample["image"].shape == (3, 128, 128)
-        assert sample["boxes"].max() <= 128 and sample["boxes"].isfinite().all()
+        assert sample["image"].shape == (3, 128, 128), f"sample {n}: image {tuple(sample['image'].shape)}"
+        boxes = sample["boxes"]
+        inside = boxes.isfinite().all() and 0 <= boxes.min() and boxes.max() <= 128
+        assert inside, f"sample {n}: box {boxes[0].tolist()} is not in 128 x 128"
 
 
 def test_shapes_is_what_its_table_says(shapes):

@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from test_data import write_coco
+from test_data import fixed_view, write_coco, wrong_cells
 from torch import nn
 
 import evaluate as evaluation
@@ -25,6 +25,7 @@ from data import (
     Annotations,
     TrainSet,
     UserError,
+    View,
     crop_mask,
     draw_view,
     encode_mask,
@@ -459,7 +460,7 @@ def test_a_data_set_without_masks_is_refused(coco_sample, tmp_path):
 
 
 def test_a_sample_with_masks(coco_sample):
-    """Oracle: DESIGN's contract, and the sample without masks, which is otherwise the same."""
+    """Oracle: by hand, and the sample without masks, which is otherwise the same."""
     with_masks, without = (TrainSet(load_annotations(coco_sample, masks=m), 128, (0.5, 2.0)) for m in (True, False))
     found = 0
     for n in range(8):
@@ -503,6 +504,35 @@ def test_unsound_masks_are_dropped_where_masks_are_needed(case, coco_sample, tmp
     a, rule = load_annotations(tmp_path, masks=True), "neither polygons in pixels nor run lengths of its image"
     assert f"broken: 1 whose segmentation is {rule}, as annotation id {bad['id']}: {bad['segmentation']}" in a.notes
     assert len(a.starts) - 1 == len(a.boxes) == len(content["annotations"]) - 1
+
+
+def test_masks_of_shapes(shapes, monkeypatch):
+    """Oracle: pycocotools' bitmaps, read cell by cell, for given views. Polygons and run lengths, cut or whole, flipped
+    or not; images with crowds, and with objects that the view does not show, among them."""
+    a, rng = load_annotations(shapes, masks=True), np.random.default_rng(0)
+    dataset, seen = TrainSet(a, 128, (1, 1)), {"masks": 0, "crowds": 0, "left out": 0, "cut": 0}
+    for n in range(60):
+        i = dataset.image_of(n)[1]
+        height, width = int(a.heights[i]) // 2, int(a.widths[i]) // 2
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        view = View(left, top, left + width, top + height, 120, 90, bool(n % 2))
+        fixed_view(monkeypatch, view)
+        sample, rows = dataset[n], []
+        for m in range(*a.spans[i]):
+            x, y, w, h = a.boxes[m]
+            sides = min(x + w, left + width) - max(x, left), min(y + h, top + height) - max(y, top)
+            shown = min(sides[0] * 120 / width, sides[1] * 90 / height) >= 0.01
+            rows += [m] if shown and not a.crowd[m] else []
+            seen["crowds"] += int(a.crowd[m])
+            seen["left out"] += not shown
+            seen["cut"] += shown and sum(sides) < w + h - 1
+        found, wanted = sample["labels"][sample["labels"] >= 0].tolist(), a.labels[rows].tolist()
+        assert found == wanted, f"sample {n}, image {i}, {view}: labels {found}, wanted {wanted}"
+        for k, m in enumerate(rows):
+            share = wrong_cells(sample["masks"][k], a, m, i, view)
+            assert share < 0.01, f"sample {n}, {view}: {share:.0%} of mask {k} is not what it shows of object {m}'s"
+            seen["masks"] += 1
+    assert min(seen.values()) > 2, f"what the views showed: {seen}"
 
 
 def test_masks_flip_with_the_image(shapes):

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -159,14 +160,25 @@ ASSIGNMENTS = {
             "data.TrainSet.__getitem__",
         ),
         (
-            "test_window_by_the_official_rule",
+            "test_objects_by_hand",
+            "test_boxes_of_a_view_by_hand",
+            "test_pixels_of_a_view",
+            "test_the_whole_image_by_hand",
+            "test_the_scale_is_drawn_evenly",
+            "test_the_window_is_drawn_evenly",
+            "test_only_the_longer_side_is_cut",
+            "test_views_come_from_the_generator",
+            "test_a_view_has_pixels",
             "test_boxes_follow_the_pixels",
             "test_a_sample_of_shapes",
+            "test_a_sample_by_hand",
+            "test_a_file_of_another_size_is_refused",
+            "test_each_sample_has_its_own_draws",
             "test_an_epoch_sees_every_image_once",
             "test_more_than_100_objects",
-            "test_a_sliver_is_no_object",
+            "test_100_are_drawn_of_those_that_are_seen",
             "test_extreme_shapes",
-            "test_what_is_merely_unusual_is_kept",
+            "test_masks_of_shapes",
         ),
     ),
     "a6": Assignment(
@@ -182,11 +194,18 @@ ASSIGNMENTS = {
         (
             "test_learning_rate_of_the_official_schedule",
             "test_learning_rate_of_other_batches_and_short_runs",
+            "test_corners_of_the_schedule",
             "test_weight_decay_groups",
-            "test_global_batches_do_not_depend_on_the_hardware",
+            "test_steps_of_the_optimizer_by_hand",
+            "test_a_step_by_hand",
+            "test_a_step_that_overflows_is_skipped",
+            "test_a_step_reads_nothing_back",
+            "test_ranks_average_in_the_last_backward",
             "test_noise_depends_on_seed_step_and_micro_step",
+            "test_what_one_rank_reads",
             "test_all_ranks_see_one_rank_stop_or_diverge",
-            "test_two_processes_equal_one[1-None-retinanet]",
+            "test_global_batches_do_not_depend_on_the_hardware",
+            "test_micro_batches_by_hand",
             "test_two_processes_equal_one[2-None-retinanet]",
         ),
     ),
@@ -379,6 +398,8 @@ def run_pytest(folder, marks, options):
     os.dup2(file, 2)
     multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
+    # A process that the tests spawn runs the main module's file first: this one, which would bring the solution along.
+    sys.modules["__main__"] = types.ModuleType("__main__")
     sys.path[:] = [p for p in sys.path if not Path(p).resolve().is_relative_to(ROOT)]
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(ROOT)) and not name.startswith("__"):
