@@ -169,7 +169,7 @@ class SpineNet(nn.Module):
 
 
 class Normalize(nn.Module):
-    """uint8 RGB (B, 3, H, W) -> float32 in which PIXEL_MEAN is 0 and PIXEL_MEAN + PIXEL_STD 1, on the images' device."""
+    """uint8 RGB (B, 3, H, W) -> float32, PIXEL_MEAN as 0 and PIXEL_MEAN + PIXEL_STD as 1, on the images' device."""
 
     def __init__(self):
         super().__init__()
