@@ -72,8 +72,8 @@ class ResidualBase(nn.Module):
     """act(shortcut(x) + branch(x)); the subclasses say what the branch is.
 
     The shortcut is a 1x1 projection where the channel counts differ (only in block 0), else the identity; in training
-    DropBlock (`drop_rate`) is applied to either. `drop_path` is the rate at which, in training, an image's whole branch
-    is dropped (stochastic depth, drawn for each image); what survives is divided by the survival rate, 1 - drop_path.
+    DropBlock (`drop_rate`) is applied to it, of either kind. `drop_path` is the rate at which then an image's whole
+    branch is dropped (stochastic depth, drawn for each image); what survives is divided by 1 - drop_path.
     """
 
     def __init__(self, in_channels, out_channels, activation, drop_path, drop_rate):

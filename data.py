@@ -371,8 +371,8 @@ class View(NamedTuple):
         return boxes
 
     def image(self, image, size):
-        """PIL image -> uint8 (3, S, S), channels last in memory: the rectangle, resized at once (bilinear, antialiased:
-        PIL's BILINEAR) and flipped where `flip` says so, in the upper left corner of a square of the colour PAD."""
+        """PIL image -> uint8 (3, S, S), channels last in memory: the rectangle, resized at once (bilinear, antialiased,
+        as PIL's BILINEAR) and flipped by `flip`, in the upper left corner of a square of the colour PAD."""
         pixels = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
         # The batch's dimension first: only then are all strides those of channels_last, and the resize 4 times as fast.
         pixels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
@@ -385,8 +385,7 @@ class View(NamedTuple):
 
 
 def full_view(height, width, size, scale=1.0):
-    """The whole image, its long side scaled to round(scale * size), the short one by the same ratio and rounded, but to
-    1 at least; no flip. This is what a test sees (authors' input_utils.py)."""
+    """The whole image, its long side round(scale * size), the short one by that ratio, rounded, 1 at least; no flip."""
     ratio = round(scale * size) / max(height, width)
     return View(0, 0, width, height, max(round(width * ratio), 1), max(round(height * ratio), 1))
 
@@ -394,12 +393,10 @@ def full_view(height, width, size, scale=1.0):
 def draw_view(rng, height, width, size, jitter, flip=True):
     """Scale jitter (paper section 5.1, protocols A to C; authors' input_utils.py), drawn from a numpy Generator.
 
-    The image is scaled as in `full_view` by a scale from U(jitter). Where that makes a side longer than `size`, `size`
-    of its pixels are kept, from an offset that is any whole number with equal chances; x and y are drawn apart. With
-    `flip` half of the views are mirrored. The draws may come in any order. The View has the source pixels under that
-    window, to be resized once. Departure: its edges are rounded to the nearest whole pixel, and one pixel stays at
-    least: the window moves by half of one, and stretches by one, at most.
-    """
+    The image is scaled as in `full_view` by a scale from U(jitter). Of a side that is then longer than `size`, `size`
+    pixels are kept, from any whole offset with equal chances, x and y drawn apart. With `flip` half of the views are
+    mirrored. Draws come in any order. The View has the source pixels under the window. Departure: its edges are
+    rounded to whole pixels, one stays at least: it moves by half of one, and stretches by one, at most."""
     full = full_view(height, width, size, rng.uniform(*jitter))
     edges = []
     for scaled, source in ((full.width, width), (full.height, height)):
@@ -447,7 +444,7 @@ def permutation(seed, epoch, count):
 
 
 class TrainSet(Dataset):
-    """Training samples as a pure function of (seed, n), whatever was asked for before; N images make an epoch."""
+    """Training samples as a pure function of (seed, n), with draws of its own; N images make an epoch."""
 
     def __init__(self, annotations, size, jitter, flip=True, seed=0):
         self.annotations, self.size, self.jitter, self.flip, self.seed = annotations, size, jitter, flip, seed
@@ -462,11 +459,8 @@ class TrainSet(Dataset):
         xyxy and labels (100,) int64 in the annotations' order, then zeros and -1; region (2,) float32, the View's;
         noise, an int of 32 random bits from which the model draws anchors and RoIs; and, if the annotations have masks,
         masks (100, 112, 112) uint8: `crop_mask` of the part of each object's box that is seen, flipped with the View.
-
-        Left out are crowds, boxes of which the View leaves a side under MIN_SIDE and, of more than 100 others, all but
-        100, drawn anew in each epoch, in any order. Each (seed, n) has draws of its own. (As seeds (seed, epoch, 0) and
-        (seed, epoch), which is `permutation`'s, are the same to numpy: hence image + 1.)
-        """
+        Left out are crowds, boxes of which the View leaves a side under MIN_SIDE and, of over 100 others, all but 100,
+        drawn anew in each epoch. (image + 1: to numpy the seeds (seed, epoch, 0) and (seed, epoch) are the same.)"""
         (epoch, i), a = self.image_of(n), self.annotations
         image = read_checked(a, i)
         rng = np.random.default_rng((self.seed, epoch, i + 1))

@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 # SpineNet-49's searched permutation (paper Figure 4d; authors' spinenet.py:44-63). Blocks 0 and 1 are the
 # stem's. `as_is` is what the authors' rule yields at every input size (spinenet.py:450-458): an output block also gets
-# the earlier blocks of its own size and width, output blocks aside, that no block up to it has consumed.
+# the earlier blocks of its own size and channels, output blocks aside, that no block up to it has consumed.
 SPINE = (
     Block(2, 2, "bottleneck", (0, 1)),
     Block(3, 4, "residual", (0, 1)),
@@ -306,7 +306,7 @@ def build_model(arch, head="retinanet", num_classes=80, **options):
 
 
 def check_size(height, width):
-    """Raise ValueError unless both sides are positive multiples of 128, the stride of P7; it says both: "640x600"."""
+    """Raise ValueError unless both sides are positive multiples of 128, the stride of P7; with "640x600" and 128."""
     if height % MULTIPLE or width % MULTIPLE or not height or not width:
         raise ValueError(
             f"image size {height}x{width} does not fit SpineNet: height and width must be multiples of {MULTIPLE} "

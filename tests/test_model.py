@@ -249,9 +249,11 @@ def test_count_of_a_block_by_hand(monkeypatch):
     resampling = 256 * 32, 9 * 32 * 32, 32 * 256  # squeeze, halve, expand: weights
     convolution = 9 * 256 * 256
     norms = 2 * (2 * (32 + 32 + 256) + 2 * 256)
-    assert parameters == 2 * sum(resampling) + 2 * convolution + norms == 1_233_152, "parameters of block 3"
+    trained = f"block 3 has 1,233,152 parameters that are trained (a buffer is none), not {parameters:,}"
+    assert parameters == 2 * sum(resampling) + 2 * convolution + norms == 1_233_152, trained
     resampling = sum(weights * side**2 for weights, side in zip(resampling, (160, 80, 40)))
-    assert macs == 2 * resampling + 2 * convolution * 40**2 == 2_451_046_400, "multiply-adds of block 3 at 640"
+    products = f"block 3 takes 2,451,046,400 multiply-adds at 640, not {macs:,}"
+    assert macs == 2 * resampling + 2 * convolution * 40**2 == 2_451_046_400, products
 
 
 class Backbone(nn.Module):
@@ -742,7 +744,9 @@ def test_drop_block_on_the_shortcut(channels):
     zeros = given == 1
     assert zeros.any(), f"DropBlock is applied to the shortcut, which is {kind} here"
     assert whole_squares(zeros, 7) and 0.08 < zeros.float().mean() < 0.11, "of the shortcut squares vanish at drop_rate"
-    assert torch.allclose(given[~zeros] - 1, 2 / (1 - zeros.float().mean()), rtol=1e-4), "its rest is scaled"
+    rest, scaled = (given[~zeros] - 1) / 2, 1 / (1 - zeros.float().mean())
+    what = f"what DropBlock leaves of the shortcut is multiplied by {scaled:.4f}, elements by elements left"
+    assert torch.allclose(rest, scaled, rtol=1e-4), f"{what}, not by {rest.mean():.4f}: see drop_block"
     assert (block.eval()(torch.full((64, channels, 32, 32), 2.0)) == 3).all(), "DropBlock is off in evaluation"
 
 
@@ -761,10 +765,12 @@ def test_resample_by_hand(parent, level):
             steps.append(f"a max-pool of kernel {stride + 1} and stride {stride}")
     elif level < parent:
         y = y.repeat_interleave(2 ** (parent - level), 2).repeat_interleave(2 ** (parent - level), 3)
-        steps.append(f"each pixel {2 ** (parent - level)} x {2 ** (parent - level)} times")
+        steps.append(f"nearest neighbours, each pixel {2 ** (parent - level)} x {2 ** (parent - level)} times")
     expected, given = resample.expand(y), resample(x)
     how = f"from level {parent} to {level}, in this order: {', '.join([*steps, 'expand'])}, with no activation after it"
-    assert given.shape == expected.shape and torch.allclose(given, expected, atol=1e-5), how
+    assert given.shape == expected.shape, f"{how}: {tuple(expected.shape)} wanted, {tuple(given.shape)} found"
+    apart = (given - expected).abs().max().item()
+    assert apart < 1e-5, f"{how}; max_pool_same is on the way, too; found up to {apart:.3g} away"
     assert resample.expand.activation is None
 
 

@@ -207,7 +207,7 @@ def test_the_files_are_short():
     assert {path.stem for path in ROOT.glob("*.py")} == set(MODULES)
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in MODULES}
     assert {name: count for name, count in lines.items() if count > LIMITS[name]} == {}
-    assert sum(lines.values()) <= 2640 and len(README.splitlines()) <= 220
+    assert sum(lines.values()) <= 2655 and len(README.splitlines()) <= 220
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -338,6 +338,7 @@ def cut(name, out, functions=None, keep=None):
         change(out, module, lambda source: blank(source, qualified, f"{name}: {function}"))  # noqa: B023
     for module, text in ASSIGNMENTS[name].removed if functions is None else ():
         change(out, module, lambda source: source.replace(text, "", 1))  # noqa: B023
+        (out / "docs" / "spinenet49.svg").unlink(missing_ok=True)  # which shows it; tools/draw_network.py draws it anew
     kept = []
     for other, assignment in ASSIGNMENTS.items() if keep else ():
         for function in assignment.functions if other != name else ():
@@ -549,7 +550,7 @@ def main(argv=None):
         print(f"  {module}.py: what docs/COURSE.md says is missing besides")
     if kept:
         print(f"taken from {args.keep}: {', '.join(kept)}")
-    print(f"and run there: python -m pytest -m {args.name}")
+    print(f"and run there: python -m pytest -m {args.name} --tb=short")
 
 
 if __name__ == "__main__":
