@@ -189,8 +189,11 @@ class Toy(nn.Module):
         weight, bias = self.weight.clone(), self.bias.clone()
         if weight.requires_grad:
             weight.register_hook(lambda gradient: self.backwards.append(self.alone))
-        pixels = images.float().mean(dim=(0, 2, 3))
+        pixels = images.float().mean(dim=(0, 2, 3))  # (3,)
         return {"class": (weight * pixels).sum(), "box": (bias * targets["labels"][:, 0].float().mean()).sum()}
+
+    def no_sync(self):
+        raise AssertionError("with one process alone the model is not in DistributedDataParallel, and has no no_sync")
 
 
 class Wrapped(Toy):
@@ -329,6 +332,14 @@ def test_what_one_rank_reads():
         assert asked == stop, f"stop {asked}, wanted {stop}"
 
 
+def spawn(function, *arguments, nprocs):
+    """Run it in processes of their own; if one fails, its last line is said first."""
+    try:
+        mp.spawn(function, args=arguments, nprocs=nprocs)
+    except mp.ProcessRaisedException as error:
+        pytest.fail(f"{str(error).strip().splitlines()[-1]}\n{error}")
+
+
 def ask_to_stop(rank, world, folder):
     """A rank of several: means of losses, wishes and norms of all."""
     torch.set_num_threads(1)
@@ -349,7 +360,7 @@ def ask_to_stop(rank, world, folder):
 
 def test_all_ranks_see_one_rank_stop_or_diverge(tmp_path):
     """Oracle: by hand. What one of two ranks reads, a wish to stop or an infinite loss, the other reads, too."""
-    mp.spawn(ask_to_stop, args=(2, tmp_path), nprocs=2)
+    spawn(ask_to_stop, 2, tmp_path, nprocs=2)
 
 
 def test_batch_is_split_the_same_everywhere():
@@ -597,7 +608,7 @@ def test_two_processes_equal_one(accumulate, empty_rank, head, shapes, tmp_path)
     evaluation mode; Mask R-CNN's proposals given)."""
     for world, micro in ((1, 4), (2, 2)):
         arguments = (world, micro, accumulate, shapes, tmp_path, empty_rank, False, head)
-        mp.spawn(steps_in_a_process, args=arguments, nprocs=world)
+        spawn(steps_in_a_process, *arguments, nprocs=world)
     (one, one_losses), (two, two_losses) = (torch.load(tmp_path / name) for name in ("1_4.pt", "2_2.pt"))
     torch.manual_seed(0)
     start = new_model(head).state_dict()
@@ -623,7 +634,7 @@ def test_two_processes_equal_one(accumulate, empty_rank, head, shapes, tmp_path)
 @pytest.mark.parametrize("head", HEADS)
 def test_a_rank_with_only_empty_images(head, shapes, tmp_path):
     """Oracle: it ends. In training mode, with one of two ranks seeing no object at all, losses stay finite."""
-    mp.spawn(steps_in_a_process, args=(2, 2, 1, shapes, tmp_path, 1, True, head), nprocs=2)
+    spawn(steps_in_a_process, 2, 2, 1, shapes, tmp_path, 1, True, head, nprocs=2)
     state, losses = torch.load(tmp_path / "2_2.pt")
     assert all(value.isfinite().all() for value in state.values()) and losses["box"] > 0
 
