@@ -10,6 +10,7 @@ import sys
 import textwrap
 
 import make_shapes
+import numpy as np
 import pytest
 import torch
 from import_official import RELEASED
@@ -18,6 +19,8 @@ from test_model import unresampled
 
 import blocks
 import data
+import heads
+import loss
 import model
 import train
 from evaluate import Place
@@ -27,6 +30,7 @@ MODULES = list(LIMITS)  # in the order in which they import each other
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README, TEXT = DOCUMENTS[ROOT / "README.md"], "\n".join(DOCUMENTS.values())
+COURSE = DOCUMENTS[ROOT / "docs" / "COURSE.md"]
 
 
 def test_every_symbol_exists():
@@ -193,6 +197,36 @@ def test_the_worked_examples_of_a2():
     said = {int(row[0]): tuple(map(int, re.findall(r"as_is=\((\d),\)", row[-1]))) for row in rows if row[3]}
     assert said == unresampled(spine) == {6: (), 8: (7,)}
     assert not any(text in TEXT for _, text in ASSIGNMENTS["a2"].removed)
+
+
+def test_the_worked_examples_of_a3_to_a8():
+    """Oracle: the functions themselves. Each figure of the examples is what they make of the example's input."""
+    anchors = torch.tensor([[0.0, 0, 20, 20], [16, 0, 36, 20]])
+    boxes, labels = torch.tensor([[0.0, 0, 20, 16], [4, 0, 24, 20], [8, 8, 10, 10]]), torch.tensor([5, 3, 7])
+    assert loss.match_anchors(anchors, boxes, labels)[0].tolist() == [5, -1]
+    assert loss.match_anchors(anchors, boxes.flip(0), labels.flip(0))[0].tolist() == [7, -1]
+    code = heads.encode_boxes(torch.tensor([4.0, 0, 24, 10]), anchors[0])
+    assert code.tolist() == pytest.approx([0.2, -0.25, 0, -0.693], abs=1e-3)
+    for logit, label, said in (
+        (0, 0, "0.0613"),
+        (0, -1, "0.1838"),
+        (4, 0, "0.00001"),
+        (4, -1, "2.93"),
+        (-4.6, 0, "1.13"),
+    ):
+        value = loss.focal_loss(torch.tensor([[float(logit)]]), torch.tensor([label])).item()
+        assert value == pytest.approx(float(said), abs=0.6 * 10.0 ** -len(said.split(".")[1])) and said in COURSE, said
+    view = data.View(33, 0, 167, 100, 128, 96)
+    for flip, said in ((False, "(16.2, 19.2, 83.1, 76.8)"), (True, "(44.9, 19.2, 111.8, 76.8)")):
+        (box,) = view._replace(flip=flip).boxes(np.array([[50.0, 20, 120, 80]])).round(1).tolist()
+        assert str(tuple(box)) == said and said in COURSE
+    toy = train.PROTOCOLS["toy"]
+    corners = train.schedule(toy["epochs"], 38, toy["batch_size"], toy["lr"])
+    for (step, rate), said in zip(corners, ("| 0 | 0.0067 / 16 = 0.00042", "106.4", "976", "1035")):
+        assert f"{step:.4g}" in said and said in COURSE and f"{rate:.2g}"[-2:] in COURSE
+    assert [list(data.micro_batches(0, 1, 8, 2, rank, 2)) for rank in (0, 1)] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    squares = torch.tensor([[0.0, 0, 224, 224], [0, 0, 448, 112], [0, 0, 112, 112], [0, 0, 30, 30]])
+    assert heads.roi_levels(squares).tolist() == [4, 4, 3, 3]
 
 
 # The house: seven files, each to be read at one sitting.
