@@ -385,7 +385,7 @@ class View(NamedTuple):
 
 
 def full_view(height, width, size, scale=1.0):
-    """The whole image, its long side round(scale * size), the short one by that ratio, rounded, 1 at least; no flip."""
+    """The whole image, its long side round(scale * size), the short one by its ratio, rounded, 1 at least; no flip."""
     ratio = round(scale * size) / max(height, width)
     return View(0, 0, width, height, max(round(width * ratio), 1), max(round(height * ratio), 1))
 
@@ -460,7 +460,7 @@ class TrainSet(Dataset):
         noise, an int of 32 random bits from which the model draws anchors and RoIs; and, if the annotations have masks,
         masks (100, 112, 112) uint8: `crop_mask` of the part of each object's box that is seen, flipped with the View.
         Left out are crowds, boxes of which the View leaves a side under MIN_SIDE and, of over 100 others, all but 100,
-        drawn anew in each epoch. (image + 1: to numpy the seeds (seed, epoch, 0) and (seed, epoch) are the same.)"""
+        drawn anew in each epoch. (Seeded with image + 1: (seed, epoch, 0) is to numpy `permutation`'s seed.)"""
         (epoch, i), a = self.image_of(n), self.annotations
         image = read_checked(a, i)
         rng = np.random.default_rng((self.seed, epoch, i + 1))

@@ -193,11 +193,14 @@ def test_matching_ties_and_claims():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_matching_of_random_boxes(seed):
-    """Oracle: the rule as a plain double loop over anchors and objects, with torchvision's box_iou."""
+    """Oracle: the rule as a plain double loop over anchors and objects, with torchvision's box_iou. Two objects claim the
+    same anchor."""
     generator = torch.Generator().manual_seed(seed)
     anchors = make_anchors((128, 128), 3)[::3]
     boxes, labels = random_boxes(generator, 12), torch.arange(12)
-    labels[9:] = -1
+    boxes[1], labels[9:] = boxes[0] + 0.1, -1
+    first, second = box_iou(boxes[:2], anchors).argmax(dim=1).tolist()
+    assert first == second, "the two objects' best anchor is one"
     expected = torch.tensor(slow_match(anchors, boxes, labels))
     matched_labels, matched_boxes = match_anchors(anchors, boxes, labels)
     same(matched_labels, expected, "labels of anchors, by the rule in plain loops")  # they are the objects' own numbers
