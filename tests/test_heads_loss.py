@@ -193,8 +193,8 @@ def test_matching_ties_and_claims():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_matching_of_random_boxes(seed):
-    """Oracle: the rule as a plain double loop over anchors and objects, with torchvision's box_iou. Two objects claim the
-    same anchor."""
+    """Oracle: the rule as a plain double loop over anchors and objects, with torchvision's box_iou. Two objects claim
+    one anchor."""
     generator = torch.Generator().manual_seed(seed)
     anchors = make_anchors((128, 128), 3)[::3]
     boxes, labels = random_boxes(generator, 12), torch.arange(12)
