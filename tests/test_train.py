@@ -387,7 +387,7 @@ def test_default_batch_at_other_sizes():
         flags = ("--size", size, "--batch-size", 1024)
         retinanet.append(split_batch(recipe_of(*flags), None, half))
         masks.append(split_batch(recipe_of(*flags, "--head", "mask_rcnn"), None, half))
-    assert retinanet == [512, 32, 16, 4]  # of 575, 63.9, 23 and 5.75
+    assert retinanet == [256, 32, 16, 4]  # of 475, 52.8, 19 and 4.75
     assert masks == [8, 8, 8, 2]  # of 14, 14, 14 and 3.5
     for size, expected in ((640, 1), (128, 16), (1280, 1)):
         assert split_batch(recipe_of("--size", size) | {"arch": "own"}, None, half) == expected
