@@ -27,11 +27,11 @@ def best_ap(out):
 
 
 def test_the_first_command_of_the_readme(tmp_path):
-    """Oracle: pycocotools, on 200 images that training has not seen: AP of at least 0.45, and the files it promises.
-    Measured: 0.533 and 0.565, and 0.504 on another machine."""
+    """Oracle: pycocotools, on 200 images that training has not seen: AP of at least 0.52, and the files it promises.
+    Measured over five seeds: 0.611 with a standard deviation of 0.021; the bar stands at the mean less four of them."""
     out = run(*TRAIN, "--arch", "tiny", "--size", "128", "--protocol", "toy", "--data", "shapes", cwd=tmp_path)
     folder = tmp_path / "runs" / "tiny_128_toy_retinanet"
-    assert best_ap(out) >= 0.45
+    assert best_ap(out) >= 0.52
     assert {"last.pt", "best.pt", "log.jsonl", "results.json", "grid.png"} <= {p.name for p in folder.iterdir()}
 
 
