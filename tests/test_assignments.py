@@ -59,6 +59,8 @@ def test_command_line(tmp_path, capsys):
         (["a3", "--out", str(tmp_path / "a3")], "is not empty"),
         (["a3", "--out", str(tmp_path / "b"), "--keep", str(tmp_path)], "no copy of the project"),
         (["--grade", str(tmp_path)], "no copy of the project"),
+        (["--grade", str(tmp_path / "a3"), str(ROOT)], "has no ASSIGNMENT"),
+        (["--grade", str(tmp_path / "a3"), "--limit", "0"], "--limit is 0"),
     ):
         with pytest.raises(UserError, match=said):
             main(flags)

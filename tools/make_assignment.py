@@ -432,6 +432,7 @@ def grade(folder, marks, options=(), limit=300):
     process.join(limit)
     late = process.exitcode is None
     kill_session(process.pid)
+    process.kill()  # which may not have begun its session yet
     process.join()
     record = folder / "said.jsonl"
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
@@ -453,12 +454,14 @@ def grade(folder, marks, options=(), limit=300):
 
 def grade_students(folders, name, limit):
     """Print a line for each student's folder: what passes of the tests, with the folder's files at the root."""
-    print(f"{'student':<30} {'passed':>6} {'of':>4}  first failing test")
+    names = {}
     for student in folders:
         marker = student / NAME_FILE
-        marks = name or (marker.read_text().strip() if marker.exists() else None)
-        if marks not in ASSIGNMENTS:
+        names[student] = name or (marker.read_text().strip() if marker.exists() else None)
+        if names[student] not in ASSIGNMENTS:
             raise UserError(f"{student} has no {NAME_FILE} that names an assignment; give its name before --grade")
+    print(f"{'student':<30} {'passed':>6} {'of':>4}  first failing test")
+    for student, marks in names.items():
         with tempfile.TemporaryDirectory() as folder:
             copy(Path(folder))
             for path in student.glob("*.py"):  # with this project's own tests and tools
@@ -532,6 +535,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.check_variants:
         raise SystemExit(not check_variants([args.name] if args.name else ASSIGNMENTS))
+    if args.limit < 1:
+        raise UserError(f"--limit is {args.limit}, but must be at least 1")
     for folder in [*(args.grade or ()), *([args.keep] if args.keep else ())]:
         if not (folder / "model.py").exists():
             raise UserError(f"{folder} is no copy of the project: it has no model.py")
