@@ -1,6 +1,8 @@
 """The assignments: what is blanked fails its tests, and only those; what each asks is said in a docstring."""
 
 import ast
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -84,6 +86,15 @@ def test_what_was_solved_is_carried_on(tmp_path, capsys):
     assert 'NotImplementedError("a4: loss.focal_loss")' in (new / "loss.py").read_text()
 
 
+def test_a_broken_file_is_not_carried_on(tmp_path):
+    """Oracle: by hand. Functions of a file that doesn't compile would silently be the solution's."""
+    cut("a3", tmp_path / "old")
+    change(tmp_path / "old", "loss", lambda source: source + "def focal_loss(:\n")
+    with pytest.raises(UserError, match=r"old/loss.py is not Python: invalid syntax .*line \d+"):
+        main(["a4", "--out", str(tmp_path / "new"), "--keep", str(tmp_path / "old")])
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_removed_besides(tmp_path, capsys):
     """Oracle: by hand. It is in the solution once and gone from the copy, which still compiles; the command says that
     something is missing, and neither it nor the course says what."""
@@ -129,6 +140,49 @@ def test_grading_students(tmp_path, capsys):
     assert right.split() == [str(tmp_path / "right"), count, count] and int(count) > 5
     assert "ended after 25 s in test_" in late and int(late.split()[1]) < int(count)
     assert "NotImplementedError: a2: model.check_size" in empty and 0 < int(empty.split()[1]) < int(count)
+
+
+SPAWNING = """
+import multiprocessing
+import os
+import pytest
+
+
+def place_of_blocks():
+    import blocks
+
+    return os.path.dirname(blocks.__file__)
+
+
+@pytest.mark.a1
+def test_of_a_spawned_process():
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(place_of_blocks) == os.getcwd()
+"""
+
+GRADING = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {tools!r})
+import make_assignment
+
+if __name__ == "__main__":
+    print(make_assignment.grade(Path({folder!r}), "a1", ("-k", "spawned_process")))
+"""
+
+
+@pytest.mark.slow
+def test_spawned_processes_run_the_copy(tmp_path):
+    """Oracle: the folder. A process that a test spawns runs the main module's file, here one that brings the solution
+    along as the tool does, and still imports the copy's modules."""
+    folder = (tmp_path / "copy").resolve()
+    cut("a1", folder, [])
+    (folder / "tests" / "test_spawning.py").write_text(SPAWNING)
+    script = tmp_path / "grading.py"
+    script.write_text(GRADING.format(tools=str(ROOT / "tools"), folder=str(folder)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+    assert "count=1, passed=['test_of_a_spawned_process'], failed={}, ended=''" in done.stdout, done
 
 
 @pytest.mark.slow

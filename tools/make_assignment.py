@@ -306,9 +306,18 @@ def solved(source, qualified):
     """That body, or None where it is blank, or where nothing of that name is there."""
     try:
         body = "\n".join(body_of(source, qualified))
-    except (StopIteration, SyntaxError, ValueError):
+    except (StopIteration, ValueError):
         return None
     return None if 'raise NotImplementedError("a' in body else body
+
+
+def parsed(path):
+    """The source of a file. Raises UserError if it is not Python."""
+    try:
+        ast.parse(source := path.read_text())
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not Python: {error}")
+    return source
 
 
 def change(folder, module, make):
@@ -330,7 +339,9 @@ def cut(name, out, functions=None, keep=None):
     """Write the project to the folder `out` with the assignment's functions (or only these of it) blanked.
 
     keep: a folder from which the bodies of all other assignments' functions are taken, where they are solved there;
-    the list of them, as far as they differ from the solution, is returned."""
+    the list of them, as far as they differ from the solution, is returned. Raises UserError if a file there is broken.
+    """
+    earlier = {path.stem: parsed(path) for path in sorted(keep.glob("*.py"))} if keep else {}
     copy(out)
     (out / NAME_FILE).write_text(f"{name}\n")
     for function in ASSIGNMENTS[name].functions if functions is None else functions:
@@ -343,7 +354,7 @@ def cut(name, out, functions=None, keep=None):
     for other, assignment in ASSIGNMENTS.items() if keep else ():
         for function in assignment.functions if other != name else ():
             module, qualified = function.split(".", 1)
-            body = solved((keep / f"{module}.py").read_text(), qualified)
+            body = solved(earlier.get(module, ""), qualified)
             if body and body != solved((ROOT / f"{module}.py").read_text(), qualified):
                 change(out, module, lambda source: rewrite(source, qualified, body))  # noqa: B023
                 kept.append(function)
