@@ -72,8 +72,8 @@ class ResidualBase(nn.Module):
     """act(shortcut(x) + branch(x)); the subclasses say what the branch is.
 
     The shortcut is a 1x1 projection where the channel counts differ (only in block 0), else the identity; in training
-    DropBlock (`drop_rate`) is applied to it, of either kind. `drop_path` is the rate at which then an image's whole
-    branch is dropped (stochastic depth, drawn for each image); what survives is divided by 1 - drop_path.
+    DropBlock (`drop_rate`) is applied to it, of either kind. `drop_path` is the rate at which an image's whole branch
+    is dropped in training (stochastic depth, drawn for each image); what survives is divided by 1 - drop_path.
     """
 
     def __init__(self, in_channels, out_channels, activation, drop_path, drop_rate):
@@ -162,9 +162,9 @@ class Resample(nn.Module):
 
 
 def max_pool_same(x, kernel, stride):
-    """Max-pool with TensorFlow's SAME padding: on even sizes it pads at the right and bottom only.
+    """Max-pool with TensorFlow's SAME padding: where `stride` divides the sides, at the right and bottom only.
 
-    (B, C, H, W) -> (B, C, H / stride, W / stride), for kernel = stride + 1. The padding is never the maximum.
+    (B, C, H, W) -> (B, C, H / stride, W / stride), for kernel = stride + 1 > 2. The padding is never the maximum.
     """
     return F.max_pool2d(x, kernel, stride, ceil_mode=True)
 
@@ -173,6 +173,7 @@ def init_conv_(conv):
     """Normal, truncated at two sigma, of standard deviation sqrt(1 / fan_in) after the truncation.
 
     So sigma is sqrt(1 / fan_in) / 0.87962566, the std of a unit normal truncated at +-2; no weight is beyond 2 sigma.
+    On the meta device, as `model.count` has it, there are no values to read.
     """
     fan_in = conv.weight[0].numel()
     sigma = math.sqrt(1 / fan_in) / 0.87962566

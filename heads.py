@@ -61,7 +61,7 @@ def make_anchors(size, anchor_size, device="cpu", scales=SCALES, aspects=ASPECTS
 
 
 def encode_boxes(boxes, anchors, weights=(1.0, 1.0)):
-    """Boxes as offsets from their anchors: (dx, dy) in anchor sides, (log dw, log dh), times their two weights.
+    """Boxes as offsets from their anchors: (dx, dy) in anchor sides, (log dw, log dh), times weights[0] and weights[1].
 
     Both (..., 4) xyxy -> (..., 4). All sides must be positive (select padding away first).
     Source: Faster R-CNN equation 2; authors' box_utils.py, which puts y first.

@@ -122,7 +122,7 @@ def retinanet_loss(class_logits, box_codes, anchors, targets):
 
     class_logits (B, A, K), box_codes (B, A, 4), anchors (A, 4). Both are divided by 1 + the number of positive
     anchors in the micro-step's batch, over all ranks. Departure: the authors count per TPU core.
-    Huber: of positive anchors, summed over the four coordinates and divided by 4. Source: authors' losses.py.
+    Huber (0.5 d^2, linear from delta on): of positive anchors, over coordinates, / 4. Source: authors' losses.py.
     """
     with torch.autocast(anchors.device.type, enabled=False):
         labels, boxes = match_all(anchors, targets)  # (B, A), (B, A, 4)

@@ -306,8 +306,8 @@ def build_model(arch, head="retinanet", num_classes=80, **options):
 
 
 def check_size(height, width):
-    """Raise ValueError unless both sides are positive multiples of 128, the stride of P7; with "640x600" and 128."""
-    if height % MULTIPLE or width % MULTIPLE or not height or not width:
+    """Raise ValueError unless both sides are positive multiples of 128, P7's stride; it names "640x600" and 128."""
+    if height % MULTIPLE or width % MULTIPLE or min(height, width) <= 0:
         raise ValueError(
             f"image size {height}x{width} does not fit SpineNet: height and width must be multiples of {MULTIPLE} "
             f"(the stride of P{max(LEVELS)}), such as {max(height // MULTIPLE, 1) * MULTIPLE}"

@@ -90,7 +90,7 @@ def lr_at(step, epochs, steps_per_epoch, batch_size=LR_BATCH, lr=SHARED["lr"]):
 
 
 def make_optimizer(model):
-    """SGD with momentum; decay on the weights of convolutions and linear layers only, not on biases and batch norm."""
+    """SGD with momentum; decay on the weights of convolutions, transposed too, and linear layers, on nothing else."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -98,7 +98,7 @@ def make_optimizer(model):
 
 
 def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
-    """One optimizer step: {name: 0-dim tensor} of the rank's mean losses, and the gradient's norm before clipping.
+    """One optimizer step at rate lr: {name: 0-dim tensor} of the rank's mean losses, and the norm before clipping.
 
     batches: this rank's micro-batches. Each goes through `model(images, targets, sizes)`, whose sizes are the regions,
     in place.autocast(); the gradients of its losses' sum are averaged over micro-batches and, in the last backward only
