@@ -418,8 +418,10 @@ def test_pixels_of_a_view(case, flip):
     rows = slice(3 * (view.top > 0), view.height - 3 * (view.bottom < 90))
     columns = slice(3 * (view.left > 0), view.width - 3 * (view.right < 120))
     ours = found[: view.height, : view.width]
-    error = np.abs((ours[:, ::-1] if flip else ours) - wanted)[rows, columns].max(initial=0)
-    assert error <= 2, f"{case}, {view}: a pixel of the region is {error:.0f} from the antialiased bilinear resize"
+    error = ((ours[:, ::-1] if flip else ours) - wanted)[rows, columns]
+    worst, mean = np.abs(error).max(initial=0), error.mean() if error.size > 1000 else 0
+    assert worst <= 2, f"{case}, {view}: a pixel of the region is {worst:.0f} from the antialiased bilinear resize"
+    assert abs(mean) < 0.2, f"{case}, {view}: on average {mean:.2f} from that resize, whose values are rounded, not cut"
 
 
 FULL_VIEWS = [  # height, width, size, scale -> width and height in the network's input
@@ -820,6 +822,7 @@ def test_more_than_100_objects(tmp_path):
         assert count == 100, f"of 130 objects sample {n} has {count}, wanted 100"
         objects = [round(x / 10) + 13 * round(y / 10) for x, y, *_ in sample["boxes"].tolist()]
         assert len(set(objects)) == 100, f"sample {n} has {len(set(objects))} different objects, wanted 100"
+        assert objects == sorted(objects), f"sample {n} has the objects in another order than the annotations"
         for k, m in enumerate(objects if n < 2 else []):
             assert sample["labels"][k] == m % 4, f"sample {n}: object {m} has the label of another"
             share = wrong_cells(sample["masks"][k], a, m, 0, View(0, 0, 130, 100, 130, 100))

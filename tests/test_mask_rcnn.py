@@ -14,6 +14,7 @@ import heads
 from heads import (
     BoxHead,
     MaskHead,
+    RetinaNetHead,
     RPNHead,
     decode_boxes,
     encode_boxes,
@@ -108,6 +109,34 @@ def test_box_and_mask_heads_by_hand():
     same(mask_head(x), expected, "mask logits: convolutions, up to 28 x 28, mask_predict", rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "make, sides",
+    [
+        pytest.param(lambda: RetinaNetHead(6, 6, 1, 3), (16, 8, 4, 2, 1), id="RetinaNetHead"),
+        pytest.param(lambda: RPNHead(6, 6, 1), (16, 8, 4, 2, 1), id="RPNHead"),
+        pytest.param(lambda: BoxHead(6, 6, 1, 16, 3), 7, id="BoxHead"),
+        pytest.param(lambda: MaskHead(6, 6, 1, 3), 14, id="MaskHead"),
+    ],
+)
+@torch.no_grad()
+def test_last_layers_compute_in_float32(make, sides):
+    """Oracle: the dtypes. Under autocast to bfloat16 the last layers compute in float32 in evaluation, the others in
+    bfloat16; in training all in bfloat16."""
+    head, seen = randomized(make()), {}
+    for name, layer in head.named_modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.register_forward_hook(lambda layer, inputs, out, name=name: seen.update({name: out.dtype}))
+    maps = torch.randn(4, 6, sides, sides) if isinstance(sides, int) else [torch.randn(4, 6, s, s) for s in sides]
+    for training in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            head.train(training)(maps)
+        for name, dtype in seen.items():
+            wanted = torch.bfloat16 if training or "predict" not in name else torch.float32
+            mode = "training" if training else "evaluation, through `predict`"
+            assert dtype == wanted, f"{name} computes in {dtype}, not {wanted}, under bfloat16's autocast in {mode}"
+        assert any("predict" in name for name in seen)
+
+
 def test_roi_levels():
     """Oracle: by hand. P4 at 224 pixels, one level per doubling of the root of the area, from P3 to P7, 0 included."""
 
@@ -146,12 +175,13 @@ def test_roi_features_sample_the_centre_of_each_cell():
 
 
 def test_roi_features_of_the_own_image_and_level():
-    """Oracle: by hand, on maps whose value is the number of their level, and 10 more in the second image."""
-    features = [torch.full((2, 1, 2048 // 2**L, 2048 // 2**L), float(L)) for L in LEVELS]
+    """Oracle: by hand, on maps whose value is the number of their level, and 10 more in the third image; the second has
+    no RoI."""
+    features = [torch.full((3, 1, 2048 // 2**L, 2048 // 2**L), float(L)) for L in LEVELS]
     for feature in features:
-        feature[1] += 10
+        feature[1:] += torch.tensor([90.0, 10])[:, None, None, None]
     boxes = [[0.0, 0, 100, 100], [0, 0, 300, 300], [900, 100, 1500, 700], [0, 0, 1024, 1024], [0, 0, 2048, 1600]]
-    boxes = [torch.tensor(boxes), torch.tensor(boxes[2:0:-1])]
+    boxes = [torch.tensor(boxes), torch.zeros(0, 4), torch.tensor(boxes[2:0:-1])]
     found = roi_features(pack_pyramid(features), boxes, 2)[:, 0]
     cells = torch.tensor([3.0, 4, 5, 6, 7, 15, 14])[:, None, None].expand(7, 2, 2)
     same(found[:, 0, 0] // 10, cells[:, 0, 0] // 10, "a RoI is pooled from its own image; first come all of the first")
@@ -549,6 +579,11 @@ def test_few_or_no_proposals():
     rois = sample_rois([none, none], make_targets(([[0, 0, 10, 10]], [7]), ([], [])), 8, 2)
     what = "without a proposal the object is the foreground, and what is not there is padding, -2, and no background"
     assert rois.labels.tolist() == [[7] + [-2] * 7, [-2] * 8], what
+    rois = sample_rois(
+        [torch.tensor([[50.0, 50, 50, 50]]), none], make_targets(([[0, 0, 10, 10]], [7]), ([], [])), 8, 2
+    )
+    what = "a proposal without area is background, though its IoU with padding is 0 / 0"
+    assert rois.labels.tolist() == [[7, -1] + [-2] * 6, [-2] * 8], what
 
 
 def rois_of(boxes, labels, objects):
@@ -664,6 +699,24 @@ def test_mask_loss_by_hand(request):
     request.getfixturevalue("as_one_of_two_ranks")
     found = mask_loss(logits, rois, targets)["mask"].item()
     assert found == pytest.approx(value.item() * 2 / 3, rel=1e-5), "a mean over all ranks: times ranks / all counted"
+
+
+def test_losses_of_rois_are_means_over_the_batch():
+    """Oracle: the same RoIs in one image. In two images of the same objects, with 2 and 1 of the foreground and 3 and 1
+    real ones, each RoI weighs as much."""
+    generator = torch.Generator().manual_seed(0)
+    targets = make_targets(([[10, 10, 30, 30], [50, 50, 90, 70]], [0, 2]))
+    targets["masks"][0, :2] = blob(generator)
+    boxes = [[50, 50, 88, 70], [10, 12, 30, 30], [0, 0, 9, 9], [48, 50, 90, 70], [0, 0, 0, 0], [0, 0, 0, 0]]
+    one = rois_of(boxes, [2, 0, -1, 2, -2, -2], [1, 0, 0, 1, 0, 0])
+    two = RoIs(*(field.reshape(2, 3, *field.shape[2:]) for field in one))
+    logits, codes = torch.randn(6, 4, generator=generator), torch.randn(6, 4, 4, generator=generator)
+    maps = torch.randn(6, 4, 28, 28, generator=generator)
+    twice = {name: torch.cat((values, values)) for name, values in targets.items()}
+    alone = box_head_loss(logits, codes, one, targets) | mask_loss(maps, one, targets)
+    for name, value in (box_head_loss(logits, codes, two, twice) | mask_loss(maps, two, twice)).items():
+        what = f"{name}: a mean over the RoIs of all images, not of the images' means"
+        assert value.item() == pytest.approx(alone[name].item(), rel=1e-5), what
 
 
 @pytest.mark.parametrize("training", [True, False])

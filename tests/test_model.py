@@ -588,7 +588,8 @@ def test_drop_block(height, width, side):
     share = zeros.float().mean().item()
     assert share == pytest.approx(expected, rel=0.15), f"at rate 0.1 {share:.3f} of it vanishes, not {expected:.3f}"
     scale = (given / x)[~zeros]
-    factor = f"what is left is scaled by elements / elements left, {1 / (1 - share):.4f}, not {scale.mean():.4f}"
+    factor = f"what is left is scaled by elements / elements left of the whole batch, {1 / (1 - share):.4f}, not by "
+    factor += f"{scale.min():.4f} to {scale.max():.4f}"
     assert torch.allclose(scale, torch.full_like(scale, 1 / (1 - share)), rtol=1e-4), factor
 
 
@@ -695,7 +696,9 @@ def test_a_block_by_hand():
         block.eval()
         shortcut, branch = x if block.project is None else block.project(x), block.branch(x)
         act = {"relu": F.relu, "swish": F.silu}[block.activation]
+        before = x.clone()
         given = block(x)
+        assert torch.equal(x, before), "the block wrote into its input"
         mistakes = {
             "the sum is not activated": shortcut + branch,
             "the shortcut is activated before the sum": act(shortcut) + branch,

@@ -855,6 +855,17 @@ return torch.where(positive, labels[index], low), torch.where(positive[:, None],
                 ),
                 "only the 5000 best",
             ),
+            Variant(
+                "heads.RetinaNetHead.forward",
+                "the last layers in half precision in evaluation",
+                (
+                    (
+                        "predict(self.class_predict, self.class_tower(x, level))",
+                        "self.class_predict(self.class_tower(x, level))",
+                    ),
+                ),
+                "in evaluation, through `predict`",
+            ),
         ),
         "right": (
             Variant(
@@ -1124,6 +1135,17 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                     ),
                 ),
                 "the window shows 70 of 130 objects",
+            ),
+            Variant(
+                "data.TrainSet.__getitem__",
+                "over 100 objects in the order of the draw",
+                (
+                    (
+                        "np.sort(rng.choice(kept, MAX_OBJECTS, replace=False))",
+                        "rng.choice(kept, MAX_OBJECTS, replace=False)",
+                    ),
+                ),
+                "in another order than the annotations",
             ),
         ),
         "right": (
@@ -1688,6 +1710,18 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 (("torch.where(chosen, labels, IGNORED)", "torch.where(chosen, labels, BACKGROUND)"),),
                 "padding, -2",
             ),
+            Variant(
+                "heads.RPNHead.forward",
+                "a last layer in half precision in evaluation",
+                (("predict(self.box_predict, x)", "self.box_predict(x)"),),
+                "in evaluation, through `predict`",
+            ),
+            Variant(
+                "loss.sample_rois",
+                "the IoU with padding kept: 0 / 0 for a proposal without area",
+                (("torch.where(objects[:, None], iou, 0.0).max", "iou.max"),),
+                "a proposal without area is background",
+            ),
         ),
         "right": (
             Variant(
@@ -1947,6 +1981,18 @@ return RoIs(boxes, torch.where(rank >= 0, labels, IGNORED), matched.gather(1, in
                 "a mean over background and padding, too",
                 (("foreground.sum())", "torch.ones_like(foreground).sum())"),),
                 "mean over the foreground's",
+            ),
+            Variant(
+                "heads.MaskHead.forward",
+                "the last layer in half precision in evaluation",
+                (("predict(self.mask_predict, self.up(self.convs(x)))", "self.mask_predict(self.up(self.convs(x)))"),),
+                "in evaluation, through `predict`",
+            ),
+            Variant(
+                "heads.roi_features",
+                "images without boxes not counted",
+                (("for image_boxes in boxes:", "for image_boxes in (b for b in boxes if len(b)):"),),
+                "pooled from its own image",
             ),
         ),
         "right": (

@@ -131,6 +131,7 @@ ASSIGNMENTS = {
             "test_a_tower_by_hand",
             "test_outputs_per_anchor",
             "test_a_retinanet_head_by_hand",
+            "test_last_layers_compute_in_float32[RetinaNetHead]",
             "test_features_and_head_equal_the_official_code",
             "test_focal_loss_by_hand",
             "test_focal_loss_and_its_gradient",
@@ -220,6 +221,7 @@ ASSIGNMENTS = {
         ),
         (
             "test_an_rpn_head_by_hand",
+            "test_last_layers_compute_in_float32[RPNHead]",
             "test_rpn_head_equals_the_official_code",
             "test_proposals_by_hand",
             "test_proposals_equal_a_plain_loop",
@@ -249,6 +251,8 @@ ASSIGNMENTS = {
         ),
         (
             "test_box_and_mask_heads_by_hand",
+            "test_last_layers_compute_in_float32[BoxHead]",
+            "test_last_layers_compute_in_float32[MaskHead]",
             "test_box_and_mask_heads_equal_the_official_code",
             "test_roi_levels",
             "test_roi_features_sample_the_centre_of_each_cell",
@@ -257,6 +261,7 @@ ASSIGNMENTS = {
             "test_noise_decides_what_is_sampled",
             "test_two_processes_equal_one[1-None-mask_rcnn]",
             "test_box_head_loss_by_hand",
+            "test_losses_of_rois_are_means_over_the_batch",
             "test_mask_targets_of_the_object_itself",
             "test_mask_targets_in_the_frame_of_the_roi",
             "test_mask_targets_equal_torchvision",
