@@ -55,9 +55,9 @@ def test_mask_rcnn_on_shapes(tmp_path):
 
 
 def test_overfitting_masks_of_real_images(coco_sample, tmp_path):
-    """Oracle: pycocotools, on the four real images that were trained on: box AP of at least 0.52, mask AP of 0.34, after
-    250 steps. Measured over five seeds: 0.624 ± 0.024, 0.431 ± 0.021; after the usual 400, two: 0.718, 0.765; 0.531,
-    0.598."""
+    """Oracle: pycocotools, on the four real images that were trained on: box AP of at least 0.52, mask AP of 0.34,
+    after 250 steps. Measured over five seeds: 0.624 ± 0.024, 0.431 ± 0.021; after the usual 400, two: 0.718, 0.765
+    and 0.531, 0.598."""
     flags = ["--arch", "tiny", "--size", "256", "--protocol", "toy", "--head", "mask_rcnn", "--overfit", "4"]
     run(*TRAIN, *flags, "--data", coco_sample, *SHORTER, "--out", "run", cwd=tmp_path)
     metrics = last_metrics(tmp_path / "run")
