@@ -936,9 +936,10 @@ def test_a_bad_image_is_named(content, tmp_path, capsys):
     with pytest.raises(SystemExit):
         look.main(["--data", str(tmp_path), "--check"])
     assert "1.png (image id 1)" in (out := capsys.readouterr().out) and "1 of 3 images are bad" in out
-    with pytest.raises(UserError) as error:
-        list(make_loader(dataset, [[bad]], 1))
-    assert "image id 1" in str(error.value).rpartition("UserError: ")[2]
+    if not content:  # once: torch waits 5 seconds for a worker that raised
+        with pytest.raises(UserError) as error:
+            list(make_loader(dataset, [[bad]], 1))
+        assert "image id 1" in str(error.value).rpartition("UserError: ")[2]
 
 
 def test_a_truncated_photo_is_named(coco_sample, tmp_path):

@@ -261,7 +261,7 @@ VARIANTS = {
             Variant(
                 "model.check_size",
                 "0 is a multiple of 128",
-                ((" or not height or not width", ""),),
+                ((" or min(height, width) <= 0", ""),),
                 "check_size takes 0x128",
             ),
             Variant(
