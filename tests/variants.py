@@ -269,7 +269,7 @@ VARIANTS = {
                 "only the width is checked",
                 (
                     (
-                        "height % MULTIPLE or width % MULTIPLE or not height or not width",
+                        "height % MULTIPLE or width % MULTIPLE or min(height, width) <= 0",
                         "width % MULTIPLE or not width",
                     ),
                 ),
