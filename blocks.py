@@ -21,7 +21,7 @@ DROP_BLOCK_SIZE = 7
 
 
 def batch_norm(channels):
-    """BatchNorm2d with this project's one epsilon and momentum."""
+    """BatchNorm2d with this project's one epsilon and momentum. Departure: moving variances are torch's, of n - 1."""
     return nn.BatchNorm2d(channels, eps=BN_EPSILON, momentum=BN_MOMENTUM)
 
 

@@ -376,7 +376,7 @@ class View(NamedTuple):
         pixels = np.array(image.crop((self.left, self.top, self.right, self.bottom)))  # (h, w, 3)
         # The batch's dimension first: only then are all strides those of channels_last, and the resize 4 times as fast.
         pixels = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
-        # Departure: the authors' bilinear resize is not antialiased.
+        # Departure: the authors' bilinear resize is not antialiased and has no half-pixel centres.
         pixels = F.interpolate(pixels, (self.height, self.width), mode="bilinear", antialias=True)
         pixels = pixels[0].permute(1, 2, 0)  # (h', w', 3)
         canvas = PAD.repeat(size, 1).repeat(size, 1, 1)  # (S, S, 3)
@@ -444,7 +444,7 @@ def permutation(seed, epoch, count):
 
 
 class TrainSet(Dataset):
-    """Training samples as a pure function of (seed, n), with draws of its own; N images make an epoch."""
+    """Training samples, pure functions of (seed, n); N images make an epoch. Departure: batches go on into the next."""
 
     def __init__(self, annotations, size, jitter, flip=True, seed=0):
         self.annotations, self.size, self.jitter, self.flip, self.seed = annotations, size, jitter, flip, seed
@@ -460,7 +460,7 @@ class TrainSet(Dataset):
         noise, an int of 32 random bits from which the model draws anchors and RoIs; and, if the annotations have masks,
         masks (100, 112, 112) uint8: `crop_mask` of the part of each object's box that is seen, flipped with the View.
         Left out are crowds, boxes of which the View leaves a side under MIN_SIDE and, of over 100 others, all but 100,
-        drawn anew in each epoch. (Seeded with image + 1: (seed, epoch, 0) is to numpy `permutation`'s seed.)"""
+        drawn anew (departure) in each epoch. (Seeded by image + 1: numpy takes (seed, epoch, 0) for (seed, epoch).)"""
         (epoch, i), a = self.image_of(n), self.annotations
         image = read_checked(a, i)
         rng = np.random.default_rng((self.seed, epoch, i + 1))

@@ -86,7 +86,7 @@ def decode_boxes(codes, anchors, weights=(1.0, 1.0)):
 
 
 def clip_boxes(boxes, sizes):
-    """Boxes (B, N, 4) clipped to 0..width and 0..height of their images; sizes (B, 2) are (height, width)."""
+    """Boxes (B, N, 4) clipped to 0..width, 0..height of sizes (B, 2): height, width. Departure: theirs to a square."""
     return boxes.clamp(min=0).minimum(sizes.flip(1).repeat(1, 2)[:, None])
 
 
@@ -98,7 +98,7 @@ def init_(layer, initializer, **options):
 
 
 def predict(layer, x):
-    """A last layer's outputs: in evaluation float32, also under autocast, so that close scores aren't rounded alike."""
+    """A last layer's outputs. Departure: in evaluation float32, also under autocast: close scores stay apart."""
     with contextlib.nullcontext() if layer.training or x.is_meta else torch.autocast(x.device.type, enabled=False):
         return layer(x if layer.training else x.float())
 
@@ -128,7 +128,7 @@ class Tower(nn.Module):
 class RetinaNetHead(nn.Module):
     """Two towers: class logits (B, A, K) and box codes (B, A, 4) from P3..P7, in the order of `make_anchors`.
 
-    The last layers run through `predict`. Source: RetinaNet section 4, Figure 3; authors' heads.py.
+    The last layers run through `predict`. Departure: no output 0. Source: RetinaNet section 4; authors' heads.py.
     """
 
     def __init__(self, in_channels, channels, convs, num_classes, activation="relu"):

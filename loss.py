@@ -121,7 +121,7 @@ def retinanet_loss(class_logits, box_codes, anchors, targets):
     """{"class": focal loss, "box": 50 x Huber loss}, float32 scalars whose sum is the training loss.
 
     class_logits (B, A, K), box_codes (B, A, 4), anchors (A, 4). Both are divided by 1 + the number of positive
-    anchors in the micro-step's batch, over all ranks. Departure: the authors count per TPU core.
+    anchors in the micro-step's batch, over all ranks. Departures: theirs count per core; they skip targets of 0.
     Huber (0.5 d^2, linear from delta on): of positive anchors, over coordinates, / 4. Source: authors' losses.py.
     """
     with torch.autocast(anchors.device.type, enabled=False):
@@ -141,7 +141,7 @@ def random_keys(noise, stream, count):
     """(B, count) int64 in 0..2^32-1, different within a row: a pure function of noise (B,) and the stream's number.
 
     The RPN draws from stream 0, the RoIs from stream 1.
-    A hash in place of a generator: it draws per image, whatever the batch, the rank and the device.
+    Departure: a hash in place of a generator: it draws per image, whatever the batch, the rank and the device.
     """
 
     def mix(x):  # a permutation of 32 bits
@@ -224,7 +224,7 @@ def sample_rois(proposals, targets, count, foreground_count):
     proposals: B tensors (N, 4), N <= 1000. Foreground overlaps an object by more than IoU 0.5, background every object
     by less; exactly 0.5 is neither. `pick` takes both by the `random_keys` of stream 1 over the proposals, padded to
     1000, and then the objects. Background takes all places that foreground leaves; where there is not enough of it, the
-    rest is padding of zero boxes. Source: Fast R-CNN section 2.3; authors' target_ops.py.
+    rest is padding of zero boxes (departure). Source: Fast R-CNN section 2.3; authors' target_ops.py.
     """
     device = targets["labels"].device
     real = torch.stack([torch.arange(MAX_PROPOSALS, device=device) < len(p) for p in proposals])

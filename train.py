@@ -376,7 +376,7 @@ def make_parts(recipe, categories, place):
             module.momentum = recipe["bn_momentum"]
     place.move(detector)
     if place.world > 1 and place.device.type == "cuda":
-        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)  # departure: in torch it waits in every layer
     scaler = torch.amp.GradScaler(place.device.type, enabled=place.amp is torch.float16)
     return {"model": detector, "optimizer": make_optimizer(detector), "scaler": scaler}
 

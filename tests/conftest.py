@@ -72,6 +72,12 @@ def as_one_of_two_ranks(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws without a generator of its own is the same at every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def signals_restored():
     """train.main takes over SIGTERM and Ctrl-C; give them back to pytest."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

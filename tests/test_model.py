@@ -353,7 +353,7 @@ def test_initial_values():
 
 
 def test_initial_values_of_mask_rcnn():
-    """Oracle: SPEC section 3. RPN N(0, 0.01^2), Glorot's fc, He's convolutions by fan-out, predictors; all biases 0."""
+    """Oracle: the authors' heads.py. RPN N(0, 0.01^2), Glorot's fc, He's convolutions by fan-out; all biases 0."""
     torch.manual_seed(0)
     detector = build_model(dataclasses.replace(ARCHS["tiny"], rcnn_channels=128), "mask_rcnn", 20)
     expected = {
@@ -459,7 +459,7 @@ def test_features_and_head_equal_the_official_code():
         logits, codes = head(features)
     for L, feature in zip(model.LEVELS, features):
         official = torch.from_numpy(golden[f"out_f_{L}"]).permute(0, 3, 1, 2)
-        assert (feature - official).abs().max() <= 1e-4
+        same(feature, official, f"P{L} is the authors'", atol=1e-4)
     for ours, key, what in ((logits, "out_cls", "class logits"), (codes, "out_box", "box codes")):
         levels = [torch.from_numpy(golden[f"{key}_{L}"]).reshape(1, -1, ours.shape[-1]) for L in model.LEVELS]
         assert torch.cat(levels, 1).std() > 0.1
@@ -474,7 +474,7 @@ def test_rpn_head_equals_the_official_code():
     load_official(golden, order, skip=("spinenet", "retinanet", "fast_rcnn_head", "mask_head"))
     with torch.no_grad():
         objectness, codes = rpn(features)
-    assert all(golden[name].std() > 0.1 for name in ("out_rs_3", "out_rb_3"))
+    assert min(golden[name].std() for name in ("out_rs_3", "out_rb_3")) > 0.1
     for L, logits, code in zip(model.LEVELS, objectness, codes, strict=True):
         official = [torch.from_numpy(golden[f"{name}_{L}"]) for name in ("out_rs", "out_rb")]
         same(logits, official[0].reshape(1, -1), f"the objectness logits of P{L} are the authors'", atol=1e-4)
@@ -774,7 +774,7 @@ def test_resample_by_hand(parent, level):
     assert given.shape == expected.shape, f"{how}: {tuple(expected.shape)} wanted, {tuple(given.shape)} found"
     apart = (given - expected).abs().max().item()
     assert apart < 1e-5, f"{how}; max_pool_same is on the way, too; found up to {apart:.3g} away"
-    assert resample.expand.activation is None
+    assert resample.expand.activation is None, "there is no activation after expand"
 
 
 @pytest.mark.parametrize("inputs, outputs, kernel", [(64, 256, 3), (256, 1024, 1)])
@@ -802,7 +802,7 @@ def test_resample_shapes(parent, level):
     out = resample(torch.randn(2, 64, 2 ** (8 - parent), 2 ** (8 - parent)))
     size = 2 ** (8 - level)
     assert out.shape == (2, 40, size, size), f"from level {parent} to {level} to 40 channels, {size} x {size} pixels"
-    assert resample.squeeze.conv.out_channels == 8
+    assert resample.squeeze.conv.out_channels == 8, "the inner width is alpha of a quarter of 64: 8"
 
 
 def test_table_of_the_command_line(capsys, monkeypatch):

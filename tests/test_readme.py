@@ -237,7 +237,7 @@ def parsed(name):
 
 
 def test_the_files_are_short():
-    """Oracle: counting. No file at the root, nor all together, nor the README, is longer than was planned."""
+    """Oracle: counting. No file at the root, nor all together, nor the README, is longer than its limit."""
     assert {path.stem for path in ROOT.glob("*.py")} == set(MODULES)
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in MODULES}
     assert {name: count for name, count in lines.items() if count > LIMITS[name]} == {}

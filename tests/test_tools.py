@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 from types import ModuleType
 
+import compare
 import draw_network
 import make_shapes
 import numpy as np
@@ -189,26 +190,39 @@ def numbers(text, row):
 FAKE = """
 import json, sys
 from pathlib import Path
-out, seed = Path(sys.argv[-1]), int(sys.argv[-3])
+out, seed = Path(sys.argv[sys.argv.index("--out") + 1]), int(sys.argv[sys.argv.index("--seed") + 1])
+Path("calls.txt").open("a").write("r" if "--resume" in sys.argv else "x")
+if %s == 0.4 and seed == 1 and "--resume" not in sys.argv:
+    (out / "last.pt").touch()
+    sys.exit("step 1: stopped as asked; go on with --resume")
 rows = [{"step": 1, "seconds": 30 * (seed + 1)}, {"eval_step": 1, "AP": 0.1 * seed + %s, "mask_AP": 0.2}]
 rows += [{"step": 2, "seconds": 30}, {"eval_step": 2, "AP": 0.0, "mask_AP": 0.5}]
 (out / "log.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
-Path("calls.txt").open("a").write("x")
 print("step 2: best AP 0.1; done")
 """
 
 
-def test_compare(tmp_path):
+def test_compare(tmp_path, monkeypatch, capsys):
     """Oracle: by hand. Mean and deviation of a sample over seeds of the best AP, of that evaluation's mask AP, and the
-    minutes; a run that is there is not run again, and one that fails is named."""
+    minutes; a run that is there is not run again, one that was stopped goes on, and one that fails is named."""
+    monkeypatch.chdir(tmp_path)
     for name, base in (("a", 0.2), ("b", 0.4)):
-        (tmp_path / f"{name}.py").write_text(FAKE % base)
+        Path(f"{name}.py").write_text(FAKE % (base, base))
     commands = [f"{sys.executable} {name}.py" for name in "ab"]
-    for calls in (4, 4):
-        said, code = tool("compare", *commands, "--seeds", 2, "--out", "runs", cwd=tmp_path)
-        assert code == 0 and len((tmp_path / "calls.txt").read_text()) == calls, said
-        assert said.count("      AP 0.250 ± 0.071 (0.200 to 0.300)") == 1 and "AP 0.450 ± 0.071" in said
-        assert said.count("mask_AP 0.200 ± 0.000") == 2 and said.count("minutes 1.2 ± 0.4 (1.0 to 1.5)") == 2
+    with pytest.raises(UserError, match="b.py --seed 1 --out runs/1_1 ended with code 1: step 1: stopped as asked"):
+        compare.main([*commands, "--seeds", "2", "--out", "runs"])
+    for _ in range(2):
+        compare.main([*commands, "--seeds", "2", "--out", "runs"])
+        assert Path("calls.txt").read_text() == "xxxxr"
+        table = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[-3:]]
+        same = ["0.200 ± 0.000 (0.200 to 0.200)", "1.2 ± 0.4 (1.0 to 1.5)"]
+        assert table == [
+            ["variant", "AP", "mask_AP", "minutes", "command"],
+            ["0", "0.250 ± 0.071 (0.200 to 0.300)", *same, commands[0]],
+            ["1", "0.450 ± 0.071 (0.400 to 0.500)", *same, commands[1]],
+        ]
+    with pytest.raises(UserError, match="runs/0_0 holds another run, .*a.py --seed 0 .*; give another --out"):
+        compare.main([*commands[::-1], "--seeds", "2", "--out", "runs"])
     said, code = tool("compare", "--arch none", "--out", "other", cwd=tmp_path)
     assert code == 2 and "error: " in said and "--arch none --seed 0" in said and "ended with code 2" in said
 

@@ -36,11 +36,13 @@ ROWS = (  # head, arch, size, images on one 32 GB GPU in float32 of an earlier r
     ("mask_rcnn", "49S", 640, 16),
     ("mask_rcnn", "49", 640, 16),
     ("mask_rcnn", "96", 1024, 4),
+    ("mask_rcnn", "143", 1280, 2),
+    ("mask_rcnn", "190", 1536, 1),
 )
 CLASSES = 80
 PER_PARAMETER = 16  # bytes: weight, gradient, momentum and, rounded up, the half-precision copy
 # Of the class or mask logits in float32, at the start of backward: what the losses recompute, and gradients. With 7 the
-# account is a GPU's peaks within 7 % (docs/RESULTS.md).
+# account is a GPU's peaks within 9 % (docs/RESULTS.md).
 LOGIT_COPIES = {"retinanet": 7, "mask_rcnn": 3}
 SHARE = 14 / 16  # of a device's memory that is planned with
 

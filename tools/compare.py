@@ -4,7 +4,7 @@ python tools/compare.py --seeds 5 COMMAND...
 python tools/compare.py --seeds 5 "--arch tiny --size 128 --protocol toy --data shapes" "bash variant.sh"
 
 A COMMAND is flags of train.py, or a command that takes them at its end. Seed and folder are added to it. A run that is
-already there is not run again: an interrupted comparison goes on.
+already there is not run again, and one that was interrupted goes on; a script that has changed needs another --out.
 """
 
 import argparse
@@ -23,19 +23,24 @@ from model import UserError  # noqa: E402
 
 
 def run(command, seed, out):
-    """Train once, if `out` doesn't hold that run finished; what it prints goes to out/said.txt. Raises UserError."""
+    """Train, or go on, if `out` doesn't hold that run finished, printing into out/said.txt. Raises UserError."""
     words = shlex.split(command)
     if words[0].startswith("-"):
         words = [sys.executable, str(ROOT / "train.py"), *words]
     words += ["--seed", str(seed), "--out", str(out)]
     said = make_folder(out) / "said.txt"
-    if said.exists() and said.read_text().startswith(shlex.join(words)) and "best AP" in said.read_text():
+    command, before = shlex.join(words), said.read_text() if said.exists() else ""
+    if before and before.splitlines()[0] != command:
+        raise UserError(f"{out} holds another run, {before.splitlines()[0]}; give another --out")
+    if "best AP" in before:
         return
     with open(said, "w") as file:
-        print(shlex.join(words), file=file, flush=True)
+        print(command, file=file, flush=True)
+        words += ["--resume"] if (out / "last.pt").exists() else []
         code = subprocess.call(words, stdout=file, stderr=subprocess.STDOUT)
-    if code:
-        raise UserError(f"{shlex.join(words)} ended with code {code}: {said.read_text().strip().splitlines()[-1]}")
+    lines = said.read_text().strip().splitlines()
+    if code or "best AP" not in lines[-1]:
+        raise UserError(f"{command} ended with code {code}: {lines[-1]}; once mended, the same comparison goes on")
 
 
 def measured(out):
@@ -61,17 +66,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.seeds <= 0 or not all(command.strip() for command in args.commands):
         raise UserError("--seeds must be positive, and a COMMAND not empty")
+    rows = []
     for k, command in enumerate(args.commands):
         found = []
         for seed in range(args.seeds):
             run(command, seed, args.out / f"{k}_{seed}")
             found.append(measured(args.out / f"{k}_{seed}"))
             print(f"variant {k}, seed {seed}: " + ", ".join(f"{n} {v:.3f}" for n, v in found[-1].items()), flush=True)
-        print(f"variant {k}: {command}")
-        for name in found[0]:
-            print(
-                f"  {name:>8} {spread([one[name] for one in found], '.1f' if name == 'minutes' else '.3f')}", flush=True
-            )
+        rows.append({n: spread([one[n] for one in found], ".1f" if n == "minutes" else ".3f") for n in found[0]})
+    names = dict.fromkeys(name for row in rows for name in row)
+    print(f"{'variant':<9}" + "".join(f"{name:<32}" for name in names) + "command")
+    for k, (row, command) in enumerate(zip(rows, args.commands)):
+        print(f"{k:<9}" + "".join(f"{row.get(name, ''):<32}" for name in names) + command)
 
 
 if __name__ == "__main__":

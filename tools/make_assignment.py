@@ -35,6 +35,7 @@ COPIED = (
     *("*.py", "*.txt", "*.toml", "*.md", ".gitignore", "LICENSE", "CITATION.cff"),
     *("tools/*.py", "tests/*.py", "tests/*.npz", "docs/*"),
 )
+NOT_COPIED = ("variants.py", "test_assignments.py")  # which show bodies, and test this file
 NAME_FILE = "ASSIGNMENT"  # in a copy: which one it is
 
 
@@ -334,7 +335,7 @@ def change(folder, module, make):
 def copy(out):
     """Write the project to the folder `out`."""
     for pattern in COPIED:
-        for path in sorted(ROOT.glob(pattern)):
+        for path in sorted(p for p in ROOT.glob(pattern) if p.name not in NOT_COPIED):
             target = out / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
@@ -353,7 +354,8 @@ def cut(name, out, functions=None, keep=None):
         module, qualified = function.split(".", 1)
         change(out, module, lambda source: blank(source, qualified, f"{name}: {function}"))  # noqa: B023
     for module, text in ASSIGNMENTS[name].removed if functions is None else ():
-        change(out, module, lambda source: source.replace(text, "", 1))  # noqa: B023
+        for name_of_file in (module, "tools/make_assignment"):
+            change(out, name_of_file, lambda source: source.replace(text, "", 1))  # noqa: B023
         (out / "docs" / "spinenet49.svg").unlink(missing_ok=True)  # which shows it; tools/draw_network.py draws it anew
     kept = []
     for other, assignment in ASSIGNMENTS.items() if keep else ():
