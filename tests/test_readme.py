@@ -47,7 +47,7 @@ def test_every_symbol_exists():
             value = getattr(value, name, None)
 
 
-SCRIPTS = re.findall(r"((?:\w+/)?\w+\.py)((?: +[^\s`|#&()]+)*)", TEXT)  # with what follows each
+SCRIPTS = re.findall(r"((?:\w+/)?\w+\.py)((?: +[^\s`|#&()\"]+)*)", TEXT)  # with what follows, to a quote
 
 
 def test_every_script_and_flag_exists():
