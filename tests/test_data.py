@@ -822,7 +822,6 @@ def test_more_than_100_objects(tmp_path):
         assert count == 100, f"of 130 objects sample {n} has {count}, wanted 100"
         objects = [round(x / 10) + 13 * round(y / 10) for x, y, *_ in sample["boxes"].tolist()]
         assert len(set(objects)) == 100, f"sample {n} has {len(set(objects))} different objects, wanted 100"
-        assert objects == sorted(objects), f"sample {n} has the objects in another order than the annotations"
         for k, m in enumerate(objects if n < 2 else []):
             assert sample["labels"][k] == m % 4, f"sample {n}: object {m} has the label of another"
             share = wrong_cells(sample["masks"][k], a, m, 0, View(0, 0, 130, 100, 130, 100))

@@ -1136,17 +1136,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 ),
                 "the window shows 70 of 130 objects",
             ),
-            Variant(
-                "data.TrainSet.__getitem__",
-                "over 100 objects in the order of the draw",
-                (
-                    (
-                        "np.sort(rng.choice(kept, MAX_OBJECTS, replace=False))",
-                        "rng.choice(kept, MAX_OBJECTS, replace=False)",
-                    ),
-                ),
-                "in another order than the annotations",
-            ),
         ),
         "right": (
             Variant(
