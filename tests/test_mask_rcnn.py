@@ -176,16 +176,18 @@ def test_roi_features_sample_the_centre_of_each_cell():
 
 def test_roi_features_of_the_own_image_and_level():
     """Oracle: by hand, on maps whose value is the number of their level, and 10 more in the third image; the second has
-    no RoI."""
+    no RoI, which is asked last."""
     features = [torch.full((3, 1, 2048 // 2**L, 2048 // 2**L), float(L)) for L in LEVELS]
     for feature in features:
         feature[1:] += torch.tensor([90.0, 10])[:, None, None, None]
     boxes = [[0.0, 0, 100, 100], [0, 0, 300, 300], [900, 100, 1500, 700], [0, 0, 1024, 1024], [0, 0, 2048, 1600]]
-    boxes = [torch.tensor(boxes), torch.zeros(0, 4), torch.tensor(boxes[2:0:-1])]
-    found = roi_features(pack_pyramid(features), boxes, 2)[:, 0]
+    boxes = [torch.tensor(boxes), torch.tensor(boxes[2:0:-1])]
     cells = torch.tensor([3.0, 4, 5, 6, 7, 15, 14])[:, None, None].expand(7, 2, 2)
+    found = roi_features(pack_pyramid([feature[::2] for feature in features]), boxes, 2)[:, 0]
     same(found[:, 0, 0] // 10, cells[:, 0, 0] // 10, "a RoI is pooled from its own image; first come all of the first")
     same(found, cells, "each RoI is pooled from its own level alone, by its size", atol=1e-3)
+    found = roi_features(pack_pyramid(features), [boxes[0], torch.zeros(0, 4), boxes[1]], 2)[:, 0]
+    same(found, cells, "a RoI is pooled from its own image, also where the one before it has none", atol=1e-3)
 
 
 @pytest.mark.parametrize("side", [7, 14])

@@ -1981,7 +1981,7 @@ return RoIs(boxes, torch.where(rank >= 0, labels, IGNORED), matched.gather(1, in
                 "heads.roi_features",
                 "images without boxes not counted",
                 (("for image_boxes in boxes:", "for image_boxes in (b for b in boxes if len(b)):"),),
-                "pooled from its own image",
+                "its own image, also where",
             ),
         ),
         "right": (
