@@ -122,7 +122,7 @@ def default_of(head, arch, size, amp=torch.bfloat16):
 
 
 @shapes_only
-@pytest.mark.parametrize("size", [128, 256, 384, 1024, 1280])
+@pytest.mark.parametrize("size", [128, *(pytest.param(size, marks=slow) for size in (256, 384, 1024, 1280))])
 @pytest.mark.parametrize("head", HEADS)
 def test_other_sizes_and_precisions_fit(head, size):
     """Oracle: tools/bench_step.py's account of a step at that size, under autocast and in float32, with the losses'

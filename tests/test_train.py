@@ -35,6 +35,7 @@ from train import PROTOCOLS, lr_at, main, make_optimizer, parse_args, read_step,
 ROOT = Path(train.__file__).parent
 CPU = Place(torch.device("cpu"))
 TINY = ["--arch", "tiny", "--size", "128", "--protocol", "toy", "--device", "cpu"]
+slow = pytest.mark.slow
 
 
 def check_rates(rates, wanted, run):
@@ -521,7 +522,8 @@ def equal(first, second):
 
 
 @pytest.mark.parametrize(
-    "how, head, protocol", [(signal.SIGTERM, "retinanet", "C"), (signal.SIGKILL, "mask_rcnn", "toy")]
+    "how, head, protocol",
+    [pytest.param(signal.SIGTERM, "retinanet", "C", marks=slow), (signal.SIGKILL, "mask_rcnn", "toy")],
 )
 def test_resume_is_exact(how, head, protocol, shapes, tmp_path):
     """Oracle: the run that was not interrupted. Weights, momentum, best AP and log are the same to the last bit after a
@@ -601,7 +603,7 @@ def steps_in_a_process(rank, world, micro, accumulate, root, folder, empty_rank,
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("accumulate, empty_rank", [pytest.param(1, None, marks=pytest.mark.slow), (2, None), (1, 1)])
+@pytest.mark.parametrize("accumulate, empty_rank", [(2, None), *(pytest.param(1, k, marks=slow) for k in (None, 1))])
 def test_two_processes_equal_one(accumulate, empty_rank, head, shapes, tmp_path):
     """Oracle: a single process with twice the micro-batch. What 3 steps change of the parameters agrees, and the
     losses do, with accumulation on both sides, too, and where one rank has only images without objects (batch norm in
