@@ -121,8 +121,9 @@ def retinanet_loss(class_logits, box_codes, anchors, targets):
     """{"class": focal loss, "box": 50 x Huber loss}, float32 scalars whose sum is the training loss.
 
     class_logits (B, A, K), box_codes (B, A, 4), anchors (A, 4). Both are divided by 1 + the number of positive
-    anchors in the micro-step's batch, over all ranks. Departures: theirs count per core; they skip targets of 0.
-    Huber (0.5 d^2, linear from delta on): of positive anchors, over coordinates, / 4. Source: authors' losses.py.
+    anchors in the micro-step's batch, over all ranks. Departures: theirs count per core, and leave out targets of 0.
+    Huber's loss (0.5 d^2 up to delta, then linear) of the positive anchors' codes is summed over the four coordinates
+    and divided by 4. Source: authors' losses.py.
     """
     with torch.autocast(anchors.device.type, enabled=False):
         labels, boxes = match_all(anchors, targets)  # (B, A), (B, A, 4)

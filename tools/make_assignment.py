@@ -320,7 +320,7 @@ def solved(source, qualified):
 def parsed(path):
     """The source of a file. Raises UserError if it is not Python."""
     try:
-        ast.parse(source := path.read_text())
+        ast.parse(source := path.read_text(), path.name)
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path} is not Python: {error}")
     return source
