@@ -38,7 +38,7 @@ with contextlib.suppress(ImportError):  # Windows has none
     import fcntl
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-GRID_IMAGES, GRID_SIDE, GRID_SCORE, LABEL_SIDES = 8, 320, 0.3, (70, 12)  # the grid; the lowest score; a label's pixels
+GRID_IMAGES, GRID_SIDE, GRID_SCORE = 8, 320, 0.3  # the grid; the lowest score in it
 
 
 @torch.no_grad()
@@ -184,14 +184,15 @@ def draw_objects(image, boxes, labels, names, scores=None, masks=None):
     if not len(boxes):
         return image
     scores = [""] * len(labels) if scores is None else [f" {score:.2f}" for score in scores.tolist()]
-    near = ((boxes[:, None, :2] - boxes[:, :2]).abs() < torch.tensor(LABEL_SIDES)).all(2).tril(-1).any(1).tolist()
-    texts = [None if hidden else names[k] + score for k, score, hidden in zip(labels.tolist(), scores, near)]
+    texts = [names[k] + score for k, score in zip(labels.tolist(), scores)]
+    label = torch.tensor([5 * max(map(len, texts)), 14])  # pixels of the longest, which covers what is nearer
+    near = ((boxes[:, None, :2] - boxes[:, :2]).abs() < label).all(2).tril(-1).any(1)
+    texts = [None if hidden else text for text, hidden in zip(texts, near)]
     colours = [PALETTE[k % len(PALETTE)] for k in labels.tolist()]
     for mask, box, colour in zip(() if masks is None else masks, boxes.numpy(), colours):
         pixels = coco_mask.decode(paste_mask(mask, box, *image.shape[1:]))
         image = draw_segmentation_masks(image, torch.from_numpy(pixels).bool(), alpha=0.5, colors=[colour])
-    style = dict(width=2, label_colors="black", label_background_colors=colours, fill_labels=True)
-    return draw_bounding_boxes(image, boxes, texts, colours, **style)
+    return draw_bounding_boxes(image, boxes, texts, colours, width=2, label_colors="black", fill_labels=True)
 
 
 @torch.no_grad()
@@ -264,11 +265,10 @@ def main(argv=None):
         raise UserError("--micro-batch and --limit must be positive, --workers not negative")
     checkpoint = load_checkpoint(args.weights)
     recipe, categories = checkpoint["recipe"], checkpoint["categories"]
-    out = args.out or args.weights.parent / ("seen" if args.images else "")
+    out = make_folder(args.out or args.weights.parent / ("seen" if args.images else ""))
     place = start(args.device, args.amp)
     if args.images:
-        detector = load_model(checkpoint, place)
-        predict(detector, args.images, make_folder(out), categories, recipe["size"], place, args.score)
+        predict(load_model(checkpoint, place), args.images, out, categories, recipe["size"], place, args.score)
     else:
         with one_process_first(place):
             split = load_annotations(resolve_root(args.data), args.split, HEADS[recipe["head"]].masks, args.val)
@@ -277,7 +277,7 @@ def main(argv=None):
             what = f"{args.weights} was trained on other classes; it lacks {len(lacking)}, as {sorted(lacking)[:5]}"
             raise UserError(f"{what}; train on this data, with --weights to start from that checkpoint")
         split, detector = split.select(slice(args.limit)), load_model(checkpoint, place)
-        options = dict(categories=categories, out=make_folder(out), per_class=args.per_class)
+        options = dict(categories=categories, out=out, per_class=args.per_class)
         evaluate(detector, split, recipe["size"], place, args.micro_batch, args.workers, **options)
     finish(place)
 

@@ -112,7 +112,7 @@ def over_ranks(count):
 
 
 def mean_over_ranks(total, count):
-    """A summed loss divided by what it was summed over, counted over all ranks and at least 1; elementwise."""
+    """A summed loss divided by its count, over all ranks (departure) and at least 1; elementwise."""
     counted, ranks = over_ranks(count.float())
     return total * ranks / counted.clamp(min=1)
 

@@ -52,7 +52,7 @@ EXCEPTIONS = {
     ("toy", "mask_rcnn"): dict(rois=64, mask_rois=16),
     ("toy", "mask_rcnn", "tiny"): dict(epochs=18, eval_every=9),
 }
-# What --overfit changes in any protocol. In few steps a momentum of 0.01 does not forget batch norm's initial variance.
+# Departure of --overfit, in any protocol: in few steps a momentum of 0.01 does not forget batch norm's first variance.
 OVERFIT = dict(jitter=[1.0, 1.0], flip=False, epochs=400, eval_every=100, bn_momentum=0.1)
 MOMENTUM, WEIGHT_DECAY = 0.9, 4e-5
 LR_BATCH, WARMUP_LR, WARMUP_STEPS = 256, 0.0067, 2000  # rates and the warm-up's length are for a batch of 256

@@ -66,7 +66,8 @@ def test_anchors_of_one_scale():
     """Oracle: by hand. The RPN has three anchors per location, the first scale's of RetinaNet's nine."""
     anchors = torch.cat(rpn_anchors())
     nine = make_anchors(SIZE, 3).unflatten(0, (-1, 9))
-    assert torch.equal(anchors, nine[:, :3].flatten(0, 1)) and len(anchors) == sum(PER_LEVEL) == 1023
+    assert len(anchors) == sum(PER_LEVEL) == 1023, f"{len(anchors)} anchors, not 1023: 3 at each location of 5 levels"
+    torch.testing.assert_close(anchors, nine[:, :3].flatten(0, 1), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -575,7 +575,8 @@ def test_drop_block(height, width, side):
     torch.manual_seed(0)
     x = torch.rand(64, 64 if height * width > 100 else 256, height, width) + 1
     given = drop_block(x, 0.1, True)
-    assert given.shape == x.shape and given.dtype == x.dtype
+    assert given.shape == x.shape, f"of {tuple(x.shape)} came {tuple(given.shape)}"
+    assert given.dtype == x.dtype, f"of {x.dtype} came {given.dtype}"
     zeros = given == 0
     assert zeros.any(), "in training something vanishes"
     assert whole_squares(zeros, side), f"on a {height} x {width} map whole {side} x {side} squares vanish, nothing else"

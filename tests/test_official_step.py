@@ -14,6 +14,7 @@ import loss
 import train
 from blocks import BN_EPSILON
 from evaluate import Place
+from heads import make_anchors
 from model import Arch, build_model
 
 CPU = Place(torch.device("cpu"))
@@ -106,22 +107,26 @@ def relative(found, wanted):
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
+def is_before_batch_norm(name):
+    """Whether this is such a bias, whose gradient is all rounding."""
+    return ".convs." in name and name.endswith("bias")
+
+
 def by_kind(found, wanted):
-    """{kind of parameter: relative error} of dicts under our names; biases before a batch norm, whose gradient is all
-    rounding, are left out."""
+    """{kind of parameter: relative error} of dicts under our names, but of biases before a batch norm."""
     kinds = {}
     for name, value in wanted.items():
         kind = {1: "batch norms and biases", 2: "kernels"}[min(value.ndim, 2)]
-        if not (".convs." in name and name.endswith("bias")):
+        if not is_before_batch_norm(name):
             kinds.setdefault(kind, []).append((found[name].flatten(), value.flatten()))
     return {kind: relative(*(torch.cat(part) for part in zip(*pairs))) for kind, pairs in kinds.items()}
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["as it is", "decay inside the clipping"])
 def test_two_steps_equal_the_authors(inside, official, monkeypatch):
-    """Oracle: the authors' training graph. Losses, gradient norm, momenta, weights and moving means of two steps agree.
-    The norm that is clipped by is theirs without weight decay's part, and with it once that is put inside; moving
-    variances are theirs but for the factor n / (n - 1) of torch's."""
+    """Oracle: the authors' training graph. Losses, gradient norm, momenta, weights and moving means of two steps agree
+    (the network's in float64, theirs in float32). The norm that is clipped by is theirs without weight decay's part,
+    and with it once that is put inside; moving variances are theirs but for the factor n / (n - 1) of torch's."""
     if inside:
         decay_inside(monkeypatch)
     said, seen = two_steps(official)
@@ -132,8 +137,11 @@ def test_two_steps_equal_the_authors(inside, official, monkeypatch):
         name = f"gradient_norm{k}" if inside else f"gradient_norm_without_decay{k}"
         assert norm.item() == pytest.approx(float(official[name]), rel=1e-5)
 
-        slots = by_kind(momenta, ours(official, f"momentum_after{k}"))
+        wanted = ours(official, f"momentum_after{k}")
+        slots = by_kind(momenta, wanted)
         assert max(slots.values()) < 5e-4, slots
+        for name in filter(is_before_batch_norm, wanted):
+            assert (momenta[name] - wanted[name]).abs().max() < 1e-6, name
         after = ours(official, f"after{k}")
         weights = {name: value for name, value in after.items() if "running" not in name}
         differ = by_kind(state, weights)
@@ -148,6 +156,27 @@ def test_two_steps_equal_the_authors(inside, official, monkeypatch):
                 assert relative(found, update * n / (n - 1)) < 1e-3, name
                 assert n > 100 or relative(found, update) > 0.5 / n, name
         before, previous = after, state
+
+
+def test_labels_equal_the_authors(official):
+    """Oracle: the authors' anchor labeler. Every anchor of the two batches has their class, or is background."""
+    anchors = make_anchors(official["pixels1"].shape[1:3], ARCH.anchor_size)
+    for k in (1, 2):
+        labels, _ = loss.match_all(anchors, batch_of(official, k))
+        wanted = torch.from_numpy(official[f"class_targets{k}"]).long()
+        torch.testing.assert_close(labels, wanted, rtol=0, atol=0)
+        assert (labels >= 0).sum(1).tolist() == official[f"positives{k}"].tolist()
+
+
+def test_where_decay_is_clipped_is_the_difference(official, monkeypatch):
+    """Oracle: the authors' training graph. Where the clipping acts, the kernels' momenta come twice as near to theirs
+    and more once weight decay is inside it."""
+    wanted = [ours(official, f"momentum_after{k}") for k in (1, 2)]
+    far = [by_kind(step[2], theirs)["kernels"] for step, theirs in zip(two_steps(official)[0], wanted)]
+    decay_inside(monkeypatch)
+    near = [by_kind(step[2], theirs)["kernels"] for step, theirs in zip(two_steps(official)[0], wanted)]
+    acts = [official[f"gradient_norm{k}"] > train.PROTOCOLS["B"]["clip"] for k in (1, 2)]
+    assert all(a > 2 * b for a, b, act in zip(far, near, acts) if act), (far, near)
 
 
 @pytest.mark.parametrize(

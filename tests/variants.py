@@ -19,6 +19,18 @@ VARIANTS = {
     "a1": {
         "wrong": (
             Variant(
+                "blocks.drop_block",
+                "isolated pixels, that is dropout",
+                "return F.dropout(x, rate, training) if training and rate else x",
+                "whole 7 x 7 squares vanish",
+            ),
+            Variant(
+                "blocks.max_pool_same",
+                "padding with zeros",
+                "return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel, stride)",
+                "the padding is never the maximum",
+            ),
+            Variant(
                 "blocks.ResidualBase.forward",
                 "activating before the sum",
                 (("(shortcut + branch)", "(shortcut) + branch"),),
@@ -60,12 +72,6 @@ VARIANTS = {
                 "DropBlock on a projection, but not on the identity",
                 (("shortcut = drop_block(", "shortcut = shortcut if self.project is None else drop_block("),),
                 "DropBlock is applied to the shortcut, which is the identity",
-            ),
-            Variant(
-                "blocks.drop_block",
-                "isolated pixels, that is dropout",
-                "return F.dropout(x, rate, training) if training and rate else x",
-                "whole 7 x 7 squares vanish",
             ),
             Variant(
                 "blocks.drop_block",
@@ -132,12 +138,6 @@ VARIANTS = {
                 "padded right and bottom",
             ),
             Variant(
-                "blocks.max_pool_same",
-                "padding with zeros",
-                "return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), kernel, stride)",
-                "the padding is never the maximum",
-            ),
-            Variant(
                 "blocks.init_conv_",
                 "a standard deviation not corrected for the truncation",
                 ((" / 0.87962566", ""),),
@@ -151,6 +151,14 @@ VARIANTS = {
             ),
         ),
         "right": (
+            Variant(
+                "blocks.max_pool_same",
+                "the maximum of unfolded windows",
+                """
+                x = F.pad(x, (0, kernel - stride, 0, kernel - stride), value=-math.inf)
+                return x.unfold(2, kernel, stride).unfold(3, kernel, stride).amax((-1, -2))
+                """,
+            ),
             Variant(
                 "blocks.ResidualBase.forward",
                 "adds the other way round",
@@ -237,14 +245,6 @@ VARIANTS = {
                 """,
             ),
             Variant(
-                "blocks.max_pool_same",
-                "the maximum of unfolded windows",
-                """
-                x = F.pad(x, (0, kernel - stride, 0, kernel - stride), value=-math.inf)
-                return x.unfold(2, kernel, stride).unfold(3, kernel, stride).amax((-1, -2))
-                """,
-            ),
-            Variant(
                 "blocks.init_conv_",
                 "by the inverse of the normal distribution",
                 """
@@ -258,6 +258,18 @@ VARIANTS = {
     },
     "a2": {
         "wrong": (
+            Variant(
+                "model.Normalize.forward",
+                "BGR",
+                (("(images - self.mean) / self.std", "(images - self.mean.flip(0)) / self.std.flip(0)"),),
+                "the channels are taken as BGR",
+            ),
+            Variant(
+                "model.Normalize.forward",
+                "pixels in 0..1",
+                (("(images - self.mean)", "(images / 255 - self.mean)"),),
+                "pixels are in 0..255",
+            ),
             Variant(
                 "model.check_size",
                 "0 is a multiple of 128",
@@ -352,18 +364,6 @@ VARIANTS = {
             ),
             Variant(
                 "model.Normalize.forward",
-                "BGR",
-                (("(images - self.mean) / self.std", "(images - self.mean.flip(0)) / self.std.flip(0)"),),
-                "the channels are taken as BGR",
-            ),
-            Variant(
-                "model.Normalize.forward",
-                "pixels in 0..1",
-                (("(images - self.mean)", "(images / 255 - self.mean)"),),
-                "pixels are in 0..255",
-            ),
-            Variant(
-                "model.Normalize.forward",
                 "arithmetic in uint8",
                 (("images - self.mean)", "images - self.mean.to(torch.uint8))"),),
                 "one of uint8, which has no negative numbers",
@@ -393,6 +393,11 @@ VARIANTS = {
             ),
         ),
         "right": (
+            Variant(
+                "model.Normalize.forward",
+                "in 0..1, with the constants in 0..1",
+                "return images.float().div(255).sub(self.mean / 255).div(self.std / 255)",
+            ),
             Variant(
                 "model.check_size",
                 "side by side",
@@ -432,11 +437,6 @@ VARIANTS = {
                 "model.SpineNet.forward",
                 "a stack, summed",
                 (("sum(parts[1:], start=parts[0])", "torch.stack(parts[::-1]).sum(0)"),),
-            ),
-            Variant(
-                "model.Normalize.forward",
-                "in 0..1, with the constants in 0..1",
-                "return images.float().div(255).sub(self.mean / 255).div(self.std / 255)",
             ),
             Variant(
                 "model.Normalize.forward",
@@ -705,28 +705,28 @@ return torch.where(positive, labels[index], low), torch.where(positive[:, None],
     "a4": {
         "wrong": (
             Variant(
-                "loss.focal_loss",
-                "a sigmoid before the logarithm",
-                (("F.softplus(-z)", "-torch.log(torch.sigmoid(z))"),),
-                "no logarithm of a sigmoid",
-            ),
-            Variant(
                 "heads.Tower.forward",
                 "one batch norm for all levels",
                 (("self.norms[level]", "self.norms[0]"),),
                 "its batch norm of level 3",
             ),
             Variant(
-                "loss.retinanet_loss",
-                "dividing by zero positives",
-                (("(positives + 1) / ranks", "positives / ranks"),),
-                "is never 0",
-            ),
-            Variant(
                 "heads.per_anchor",
                 "channels before locations",
                 (("x.permute(0, 2, 3, 1)", "x"),),
                 "row by row, at each location anchor by anchor",
+            ),
+            Variant(
+                "loss.focal_loss",
+                "a sigmoid before the logarithm",
+                (("F.softplus(-z)", "-torch.log(torch.sigmoid(z))"),),
+                "no logarithm of a sigmoid",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "dividing by zero positives",
+                (("(positives + 1) / ranks", "positives / ranks"),),
+                "is never 0",
             ),
             Variant(
                 "heads.RetinaNetHead.forward",
@@ -869,15 +869,6 @@ return torch.where(positive, labels[index], low), torch.where(positive[:, None],
         ),
         "right": (
             Variant(
-                "heads.Tower.forward",
-                "by numbers",
-                """for n, norm in enumerate(self.norms[level]):
-    x = self.convs[n](x)
-    x = norm(x)
-    x = self.activation(x)
-return x""",
-            ),
-            Variant(
                 "heads.RetinaNetHead.forward",
                 "all boxes before all classes",
                 """boxes = [self.box_tower(x, n) for n, x in enumerate(features)]
@@ -885,6 +876,15 @@ codes = torch.cat([per_anchor(predict(self.box_predict, x), 4) for x in boxes], 
 classes = [self.class_tower(x, n) for n, x in enumerate(features)]
 logits = torch.cat([per_anchor(predict(self.class_predict, x), self.num_classes) for x in classes], 1)
 return logits, codes""",
+            ),
+            Variant(
+                "heads.Tower.forward",
+                "by numbers",
+                """for n, norm in enumerate(self.norms[level]):
+    x = self.convs[n](x)
+    x = norm(x)
+    x = self.activation(x)
+return x""",
             ),
             Variant(
                 "heads.per_anchor",
@@ -978,6 +978,18 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
         "wrong": (
             Variant(
                 "data.View.boxes",
+                "a flip that leaves the right edge on the left",
+                (("boxes[:, [2, 0]]", "boxes[:, [0, 2]]"),),
+                "flip=True.*a box inside the window",
+            ),
+            Variant(
+                "data.Annotations.objects",
+                "crowds kept",
+                (("rows = self.rows(i)", "rows = np.arange(*self.spans[i])"),),
+                "boxes of image 1 are .* which leaves out crowds",
+            ),
+            Variant(
+                "data.View.boxes",
                 "boxes clipped before they are shifted",
                 (
                     ("boxes - [self.left", "boxes.clip(0, [self.width, self.height] * 2) - [self.left"),
@@ -998,12 +1010,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
             ),
             Variant(
                 "data.Annotations.objects",
-                "crowds kept",
-                (("rows = self.rows(i)", "rows = np.arange(*self.spans[i])"),),
-                "boxes of image 1 are .* which leaves out crowds",
-            ),
-            Variant(
-                "data.Annotations.objects",
                 "boxes not clipped to the image",
                 (("boxes.clip(0, [self.widths[i], self.heights[i]] * 2)", "boxes"),),
                 "boxes of image 1",
@@ -1013,12 +1019,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 "boxes not flipped",
                 (("if self.flip:", "if False:"),),
                 "flip=True.*a box over its left and upper edge",
-            ),
-            Variant(
-                "data.View.boxes",
-                "a flip that leaves the right edge on the left",
-                (("boxes[:, [2, 0]]", "boxes[:, [0, 2]]"),),
-                "flip=True.*a box inside the window",
             ),
             Variant(
                 "data.View.image",
@@ -1139,6 +1139,19 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
         ),
         "right": (
             Variant(
+                "data.View.image",
+                "resized by PIL",
+                """
+                part = image.crop((self.left, self.top, self.right, self.bottom))
+                part = part.resize((self.width, self.height), Image.Resampling.BILINEAR)
+                if self.flip:
+                    part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                square = Image.new("RGB", (size, size), tuple(PAD.tolist()))
+                square.paste(part, (0, 0))
+                return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+                """,
+            ),
+            Variant(
                 "data.draw_view",
                 "another order of draws, the flip by >= 0.5",
                 """
@@ -1166,19 +1179,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 if self.flip:
                     x = self.width - x[:, ::-1]
                 return np.stack((x[:, 0], y[:, 0], x[:, 1], y[:, 1]), axis=1)
-                """,
-            ),
-            Variant(
-                "data.View.image",
-                "resized by PIL",
-                """
-                part = image.crop((self.left, self.top, self.right, self.bottom))
-                part = part.resize((self.width, self.height), Image.Resampling.BILINEAR)
-                if self.flip:
-                    part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-                square = Image.new("RGB", (size, size), tuple(PAD.tolist()))
-                square.paste(part, (0, 0))
-                return torch.from_numpy(np.array(square)).permute(2, 0, 1)
                 """,
             ),
             Variant(
@@ -1250,6 +1250,12 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
     "a6": {
         "wrong": (
             Variant(
+                "train.schedule",
+                "a peak that is the same at any batch",
+                (("peak = lr * scale", "peak = lr"),),
+                "a batch of 64.*wanted 0.0358375",
+            ),
+            Variant(
                 "train.lr_at",
                 "off-by-one at the drops",
                 (("if step >= drop", "if step > drop"),),
@@ -1277,12 +1283,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 "a warm-up from 0",
                 (("(0, WARMUP_LR * scale)", "(0, 0.0)"),),
                 "rate 0 at step 0, wanted 0.0067",
-            ),
-            Variant(
-                "train.schedule",
-                "a peak that is the same at any batch",
-                (("peak = lr * scale", "peak = lr"),),
-                "a batch of 64.*wanted 0.0358375",
             ),
             Variant(
                 "train.schedule",
@@ -1408,6 +1408,42 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
         ),
         "right": (
             Variant(
+                "train.train_step",
+                "means in lists, clipping written out, other seeds",
+                """
+                for p in model.parameters():
+                    p.grad = None
+                optimizer.param_groups[0]["lr"] = lr
+                for group in optimizer.param_groups[1:]:
+                    group.update(lr=lr)
+                found, count = [], len(batches)
+                for k in range(count):
+                    words = [recipe["seed"], place.rank, step, k]
+                    torch.manual_seed(int.from_bytes(np.random.default_rng(words).bytes(6), "little"))
+                    inputs = {name: value.to(place.device) for name, value in batches[k].items()}
+                    images = place.move(inputs.pop("image"))
+                    with contextlib.ExitStack() as stack:
+                        if place.world > 1 and k < count - 1:
+                            stack.enter_context(model.no_sync())
+                        with place.autocast():
+                            losses = model(images, inputs, inputs["region"])
+                            total = torch.stack(list(losses.values())).sum()
+                        scaler.scale(total).backward()
+                    found.append({name: value.detach() for name, value in losses.items()})
+                scaler.unscale_(optimizer)
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                for g in gradients:
+                    g /= count
+                norm = torch.stack([g.norm() for g in gradients]).norm()
+                factor = (recipe["clip"] / (norm + 1e-6)).clamp(max=1.0)
+                for g in gradients:
+                    g *= factor
+                scaler.step(optimizer)
+                scaler.update()
+                return {name: torch.stack([row[name] for row in found]).mean() for name in found[0]}, norm
+                """,
+            ),
+            Variant(
                 "train.lr_at",
                 "by cases",
                 """
@@ -1448,42 +1484,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 """,
             ),
             Variant(
-                "train.train_step",
-                "means in lists, clipping written out, other seeds",
-                """
-                for p in model.parameters():
-                    p.grad = None
-                optimizer.param_groups[0]["lr"] = lr
-                for group in optimizer.param_groups[1:]:
-                    group.update(lr=lr)
-                found, count = [], len(batches)
-                for k in range(count):
-                    words = [recipe["seed"], place.rank, step, k]
-                    torch.manual_seed(int.from_bytes(np.random.default_rng(words).bytes(6), "little"))
-                    inputs = {name: value.to(place.device) for name, value in batches[k].items()}
-                    images = place.move(inputs.pop("image"))
-                    with contextlib.ExitStack() as stack:
-                        if place.world > 1 and k < count - 1:
-                            stack.enter_context(model.no_sync())
-                        with place.autocast():
-                            losses = model(images, inputs, inputs["region"])
-                            total = torch.stack(list(losses.values())).sum()
-                        scaler.scale(total).backward()
-                    found.append({name: value.detach() for name, value in losses.items()})
-                scaler.unscale_(optimizer)
-                gradients = [p.grad for p in model.parameters() if p.grad is not None]
-                for g in gradients:
-                    g /= count
-                norm = torch.stack([g.norm() for g in gradients]).norm()
-                factor = (recipe["clip"] / (norm + 1e-6)).clamp(max=1.0)
-                for g in gradients:
-                    g *= factor
-                scaler.step(optimizer)
-                scaler.update()
-                return {name: torch.stack([row[name] for row in found]).mean() for name in found[0]}, norm
-                """,
-            ),
-            Variant(
                 "train.read_step",
                 "two collectives",
                 """
@@ -1513,6 +1513,23 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
     "a7": {
         "wrong": (
             Variant(
+                "heads.RPNHead.forward",
+                "predicted from the features, not the tower's output",
+                (("x = self.tower(x, level)", "_ = self.tower(x, level)"),),
+                "from the tower's output",
+            ),
+            Variant(
+                "heads.propose",
+                "the first candidates, not the best",
+                (
+                    (
+                        "level_logits.float().topk(min(candidates, len(level_anchors)), dim=1)",
+                        "level_logits.float()[:, :candidates].sort(dim=1, descending=True)",
+                    ),
+                ),
+                "of each level, the best",
+            ),
+            Variant(
                 "loss.sample_rois",
                 "padded to the batch's most proposals, so that the sample depends on the batch",
                 (
@@ -1529,12 +1546,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 "anchors between the thresholds as background",
                 (("labels == BACKGROUND", "labels < 0"),),
                 "are ignored, not background",
-            ),
-            Variant(
-                "heads.RPNHead.forward",
-                "predicted from the features, not the tower's output",
-                (("x = self.tower(x, level)", "_ = self.tower(x, level)"),),
-                "from the tower's output",
             ),
             Variant(
                 "heads.RPNHead.forward",
@@ -1580,17 +1591,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 "clipped to (width, height)",
                 (("clip_boxes(boxes, sizes)", "clip_boxes(boxes, sizes.flip(1))"),),
                 r"own \(height, width\)",
-            ),
-            Variant(
-                "heads.propose",
-                "the first candidates, not the best",
-                (
-                    (
-                        "level_logits.float().topk(min(candidates, len(level_anchors)), dim=1)",
-                        "level_logits.float()[:, :candidates].sort(dim=1, descending=True)",
-                    ),
-                ),
-                "of each level, the best",
             ),
             Variant(
                 "loss.pick",
@@ -1714,6 +1714,28 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
         ),
         "right": (
             Variant(
+                "loss.rpn_loss",
+                "an image at a time",
+                """every = torch.cat(anchors)
+level = torch.cat([torch.full((len(a),), n) for n, a in enumerate(anchors)]).to(every.device)
+entropy, huber = 0.0, torch.zeros(len(anchors), device=every.device)
+count = torch.zeros(len(anchors), device=every.device)
+for b, target in enumerate(zip(targets["boxes"], targets["labels"])):
+    logits, codes = (torch.cat([part[b] for part in parts]).float() for parts in (objectness, box_codes))
+    labels, boxes = match_anchors(every, *target, RPN_MATCH_IOU, RPN_BACKGROUND_IOU)
+    by_key = random_keys(targets["noise"][b : b + 1], 0, len(every))[0].argsort(descending=True)
+    ones = by_key[labels[by_key] >= 0][:RPN_POSITIVES]
+    zeros = by_key[labels[by_key] == BACKGROUND][: RPN_SAMPLES - len(ones)]
+    chosen, wanted = logits[torch.cat((ones, zeros))], torch.cat((torch.ones(len(ones)), torch.zeros(len(zeros))))
+    entropy += F.binary_cross_entropy_with_logits(chosen, wanted.to(chosen.device), reduction="sum")
+    mine = labels >= 0
+    wanted = encode_boxes(boxes[mine], every[mine])
+    miss = F.huber_loss(codes[mine], wanted, reduction="none", delta=RPN_HUBER_DELTA).mean(1)
+    huber = huber.index_add(0, level[mine], miss)
+    count = count.index_add(0, level[mine], torch.ones_like(miss))
+return {"rpn_class": entropy / RPN_SAMPLES / len(targets["boxes"]), "rpn_box": mean_over_ranks(huber, count).sum()}""",
+            ),
+            Variant(
                 "heads.RPNHead.forward",
                 "all towers first, boxes before objectness",
                 """towers = [self.tower(x, n) for n, x in enumerate(features)]
@@ -1758,28 +1780,6 @@ return found""",
 real = candidates.gather(1, order)
 front = (~real).int().argsort(dim=1, stable=True)[:, :limit]
 return order.gather(1, front), real.gather(1, front)""",
-            ),
-            Variant(
-                "loss.rpn_loss",
-                "an image at a time",
-                """every = torch.cat(anchors)
-level = torch.cat([torch.full((len(a),), n) for n, a in enumerate(anchors)]).to(every.device)
-entropy, huber = 0.0, torch.zeros(len(anchors), device=every.device)
-count = torch.zeros(len(anchors), device=every.device)
-for b, target in enumerate(zip(targets["boxes"], targets["labels"])):
-    logits, codes = (torch.cat([part[b] for part in parts]).float() for parts in (objectness, box_codes))
-    labels, boxes = match_anchors(every, *target, RPN_MATCH_IOU, RPN_BACKGROUND_IOU)
-    by_key = random_keys(targets["noise"][b : b + 1], 0, len(every))[0].argsort(descending=True)
-    ones = by_key[labels[by_key] >= 0][:RPN_POSITIVES]
-    zeros = by_key[labels[by_key] == BACKGROUND][: RPN_SAMPLES - len(ones)]
-    chosen, wanted = logits[torch.cat((ones, zeros))], torch.cat((torch.ones(len(ones)), torch.zeros(len(zeros))))
-    entropy += F.binary_cross_entropy_with_logits(chosen, wanted.to(chosen.device), reduction="sum")
-    mine = labels >= 0
-    wanted = encode_boxes(boxes[mine], every[mine])
-    miss = F.huber_loss(codes[mine], wanted, reduction="none", delta=RPN_HUBER_DELTA).mean(1)
-    huber = huber.index_add(0, level[mine], miss)
-    count = count.index_add(0, level[mine], torch.ones_like(miss))
-return {"rpn_class": entropy / RPN_SAMPLES / len(targets["boxes"]), "rpn_box": mean_over_ranks(huber, count).sum()}""",
             ),
             Variant(
                 "loss.sample_rois",
@@ -1833,6 +1833,12 @@ return RoIs(boxes, torch.where(rank >= 0, labels, IGNORED), matched.gather(1, in
                 "without half a pixel",
             ),
             Variant(
+                "heads.roi_levels",
+                "rounded to the nearest",
+                ((".floor()", ".round()"),),
+                "rounded down",
+            ),
+            Variant(
                 "loss.mask_targets",
                 "the mask in the frame of the image",
                 (
@@ -1842,12 +1848,6 @@ return RoIs(boxes, torch.where(rank >= 0, labels, IGNORED), matched.gather(1, in
                     ),
                 ),
                 "the mask, bilinearly|frame is its object's box",
-            ),
-            Variant(
-                "heads.roi_levels",
-                "rounded to the nearest",
-                ((".floor()", ".round()"),),
-                "rounded down",
             ),
             Variant(
                 "heads.roi_levels",
@@ -1986,6 +1986,15 @@ return RoIs(boxes, torch.where(rank >= 0, labels, IGNORED), matched.gather(1, in
         ),
         "right": (
             Variant(
+                "heads.BoxHead.forward",
+                "batch norm by hand of a vector",
+                """x = torch.flatten(self.convs(x), 1)
+x = self.bn(self.fc(x).unsqueeze(-1).unsqueeze(-1))
+x = self.activation(x).squeeze(-1).squeeze(-1)
+codes = predict(self.box_predict, x)
+return predict(self.class_predict, x), codes.reshape(len(x), codes.shape[1] // 4, 4)""",
+            ),
+            Variant(
                 "heads.roi_levels",
                 "by the area's thresholds",
                 """area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
@@ -2021,15 +2030,6 @@ level = roi_levels(every)
 shift = torch.tensor([[0.0, top, 0.0, top] for top in tops], device=every.device)[level - LEVELS[0]]
 rois = torch.cat((number, every * 0.5 ** level[:, None] + shift + 0.5), 1)
 return roi_align(packed, rois, (side, side), 1.0, 1, True)""",
-            ),
-            Variant(
-                "heads.BoxHead.forward",
-                "batch norm by hand of a vector",
-                """x = torch.flatten(self.convs(x), 1)
-x = self.bn(self.fc(x).unsqueeze(-1).unsqueeze(-1))
-x = self.activation(x).squeeze(-1).squeeze(-1)
-codes = predict(self.box_predict, x)
-return predict(self.class_predict, x), codes.reshape(len(x), codes.shape[1] // 4, 4)""",
             ),
             Variant(
                 "heads.MaskHead.forward",
