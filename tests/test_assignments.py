@@ -229,8 +229,8 @@ def test_the_table_of_variants():
 
 @pytest.mark.slow
 def test_the_first_variants():
-    """Oracle: by hand. Of each assignment the first two wrong bodies, the fastest, fail in the words that the table wants,
-    and the first right one passes, of all that make_assignment.py --check-variants tries."""
+    """Oracle: by hand. Of each assignment the first two wrong bodies fail, in the words that the table wants, and the
+    first right one passes, of all that make_assignment.py --check-variants tries: the fastest stand first."""
     jobs = [(name, v, False) for name, kinds in VARIANTS.items() for v in kinds["wrong"][:2]]
     jobs += [(name, kinds["right"][0], True) for name, kinds in VARIANTS.items()]
     with ThreadPoolExecutor(2) as pool:
