@@ -385,7 +385,7 @@ class View(NamedTuple):
 
 
 def full_view(height, width, size, scale=1.0):
-    """The whole image, its long side round(scale * size), the short one scaled alike, rounded, 1 at least; no flip."""
+    """The whole image, its long side round(scale * size), the short one by that ratio, rounded, 1 at least; no flip."""
     ratio = round(scale * size) / max(height, width)
     return View(0, 0, width, height, max(round(width * ratio), 1), max(round(height * ratio), 1))
 

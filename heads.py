@@ -237,7 +237,7 @@ def per_anchor(x, values):
 
 @torch.no_grad()
 def propose(objectness, codes, anchors, sizes, candidates):
-    """Each image's proposals, best first: B tensors (N, 4) xyxy, N <= 1000, clipped to sizes (B, 2): (height, width).
+    """Each image's proposals, best logit first: B tensors (N, 4) xyxy, N <= 1000, clipped to its (height, width).
 
     objectness [(B, A_L)], codes [(B, A_L, 4)], anchors [(A_L, 4)] by level. The best `candidates` of each level are
     clipped and go into an NMS of that level alone, IoU 0.7; the best MAX_PROPOSALS of each stay, and then of the image.
@@ -259,7 +259,7 @@ def propose(objectness, codes, anchors, sizes, candidates):
 
 
 def roi_levels(boxes):
-    """The level (N,), int64, from which each box (N, 4) is pooled: P4 for 224 x 224 pixels, one up per doubling.
+    """The level (N,), int64, from which each box (N, 4) is pooled: P4 from 224 x 224 pixels on, one up per doubling.
 
     Source: FPN equation 1, on the levels P3..P7.
     """

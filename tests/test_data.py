@@ -28,6 +28,7 @@ from data import (
     load_annotations,
     make_loader,
     micro_batches,
+    permutation,
     read_image,
 )
 from evaluate import resolve_root
@@ -490,6 +491,19 @@ def test_the_window_is_drawn_evenly():
     assert abs(together) < 0.1, f"offsets along x and y go together: correlation {together:.2f}"
 
 
+def test_each_edge_of_the_window_is_rounded():
+    """Oracle: by hand. Of 31 x 43 pixels, scaled to 68 x 95, windows of 50 x 50 are 22.8 x 22.6 source pixels, from
+    every offset: either edge is rounded to the nearest whole pixel, by itself."""
+    rng = np.random.default_rng(0)
+    views = [draw_view(rng, 31, 43, 50, (1.9, 1.9)) for _ in range(2000)]
+    for first, last, source, scaled in (("left", "right", 43, 95), ("top", "bottom", 31, 68)):
+        found = {(getattr(view, first), getattr(view, last)) for view in views}
+        offsets = range(scaled - 50 + 1)
+        wanted = {(round(o * source / scaled), round((o + 50) * source / scaled)) for o in offsets}
+        what = f"({first}, {last}) of windows of 50 of {scaled} pixels, {source} in the source, each edge rounded"
+        assert found == wanted, f"{what}: found, not wanted {sorted(found - wanted)}, missing {sorted(wanted - found)}"
+
+
 def test_only_the_longer_side_is_cut():
     """Oracle: by hand. Of 30 x 100 pixels, scaled to 75 x 250, a window of 100 has all rows and 40 of the columns."""
     rng = np.random.default_rng(0)
@@ -577,6 +591,8 @@ def test_an_epoch_sees_every_image_once(tmp_path):
             what = f"seed {seed}, samples {13 * epoch} to {13 * epoch + 12} of 13 images"
             assert epochs == [epoch] * 13, f"{what}: epochs {epochs}, wanted {epoch}"
             assert sorted(order) == list(range(13)), f"{what}: images {order}, wanted each once"
+            wanted = permutation(seed, epoch, 13).tolist()
+            assert order == wanted, f"{what}: images {order}, wanted `permutation`'s entries in turn, {wanted}"
             orders[seed, epoch] = tuple(order)
     different = len(set(orders.values()))
     assert different == 6, f"{different} different orders of 3 epochs for 2 seeds: {orders}"

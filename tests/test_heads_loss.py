@@ -1,5 +1,6 @@
 """heads.py and loss.py: anchors, box code, matching, focal and Huber losses, detections."""
 
+import gc
 from collections import Counter
 from pathlib import Path
 
@@ -359,6 +360,11 @@ def test_focal_loss_saves_little():
     # checkpoint() keeps its inputs through its own hooks, so count the graph it leaves and its argument.
     copies = saved_bytes(focal_loss, logits, labels) / copy
     assert copies <= 1.1, f"backward holds {copies:.1f} copies of the logits and not the logits alone"
+    value = focal_loss(logits.detach().bfloat16().requires_grad_(), labels)
+    gc.collect()
+    alike = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == logits.shape]
+    wide = sum(x.dtype == torch.float32 and x is not logits and x is not one_hot for x in alike)
+    assert value.requires_grad and wide == 0, "of half-precision logits backward holds a float32 copy"
     assert saved_bytes(lambda x: sigmoid_focal_loss(x, one_hot, 0.25, 1.5, "sum"), logits) > 5 * copy
 
 
@@ -380,7 +386,7 @@ def test_huber_by_hand():
     anchors = make_anchors((128, 128), 3)
     boxes, labels = torch.zeros(1, 100, 4), torch.full((1, 100), -1)
     boxes[0, 0], labels[0, 0] = torch.tensor([0.0, 0, 1, 1]), 0  # only its claimed anchor
-    codes = torch.ones(1, len(anchors), 4)  # what background says of a box counts for nothing
+    codes = torch.full((1, len(anchors), 4), torch.inf)  # what background says of a box is selected away
     matched_labels, matched = match_anchors(anchors, boxes[0], labels[0])
     (index,) = (matched_labels >= 0).nonzero()[0].tolist()
     for offset, huber, what in (
@@ -389,6 +395,7 @@ def test_huber_by_hand():
     ):
         codes[0, index] = encode_boxes(matched, anchors)[index] + torch.tensor(offset)
         losses = retinanet_loss(torch.zeros(1, len(anchors), 1), codes, anchors, dict(boxes=boxes, labels=labels))
+        assert losses["box"].isfinite(), "background's codes are selected away, not multiplied by 0: inf * 0 is NaN"
         what = f"50 x Huber loss, {what} summed over the coordinates of positive anchors / 4 / (1 + 1 positive anchor)"
         assert losses["box"].item() == pytest.approx(50 * huber / 4 / 2, rel=1e-4), what
     entries = (len(anchors) - 1) * 0.75 + 0.25

@@ -182,11 +182,13 @@ def test_roi_features_of_the_own_image_and_level():
     for feature in features:
         feature[1:] += torch.tensor([90.0, 10])[:, None, None, None]
     boxes = [[0.0, 0, 100, 100], [0, 0, 300, 300], [900, 100, 1500, 700], [0, 0, 1024, 1024], [0, 0, 2048, 1600]]
-    boxes = [torch.tensor(boxes), torch.tensor(boxes[2:0:-1])]
+    boxes = [torch.tensor(boxes), torch.tensor(boxes[2:0:-1], dtype=torch.float32)]
+    copies = [image.clone() for image in boxes]
     cells = torch.tensor([3.0, 4, 5, 6, 7, 15, 14])[:, None, None].expand(7, 2, 2)
     found = roi_features(pack_pyramid([feature[::2] for feature in features]), boxes, 2)[:, 0]
     same(found[:, 0, 0] // 10, cells[:, 0, 0] // 10, "a RoI is pooled from its own image; first come all of the first")
     same(found, cells, "each RoI is pooled from its own level alone, by its size", atol=1e-3)
+    assert all(map(torch.equal, boxes, copies)), "the boxes that were given are changed"
     found = roi_features(pack_pyramid(features), [boxes[0], torch.zeros(0, 4), boxes[1]], 2)[:, 0]
     same(found, cells, "a RoI is pooled from its own image, also where the one before it has none", atol=1e-3)
 
@@ -229,7 +231,7 @@ def test_proposals_by_hand():
     """Oracle: by hand. Equal boxes of one level become one, of two levels stay two; small ones stay; best first; boxes
     are clipped to their image's own region before NMS."""
     anchors = (torch.tensor([[0.0, 0, 40, 40], [0, 0, 40, 41], [90, 90, 190, 190]]), torch.tensor([[0.0, 0, 40, 40]]))
-    objectness = [torch.tensor([[1.0, 2.0, -5.0]]), torch.tensor([[3.0]])]
+    objectness = [torch.tensor([[21.0, 22.0, 15.0]]), torch.tensor([[23.0]])]  # whose sigmoids are 1
     codes = [torch.zeros(1, 3, 4), torch.zeros(1, 1, 4)]
 
     def proposals(size=(128.0, 128.0), candidates=1000):
@@ -238,9 +240,11 @@ def test_proposals_by_hand():
 
     found = proposals()
     assert len(found) == 3, "boxes suppress each other within a level, of two levels they don't"
-    assert found[:2] == [[0, 0, 40, 40], [0, 0, 40, 41]], "the best of all levels first"
+    assert found[:2] == [[0, 0, 40, 40], [0, 0, 40, 41]], (
+        "the best of all levels first, by logit: all their sigmoids are 1"
+    )
     assert found[2] == [90, 90, 128, 128], "boxes are clipped to their image"
-    best = "`candidates` is how many of each level, the best, go into NMS"
+    best = "`candidates` is how many of each level, the best by logit, go into NMS"
     assert proposals(candidates=1) == [[0, 0, 40, 40], [0, 0, 40, 41]], best
     assert proposals(candidates=2) == [[0, 0, 40, 40], [0, 0, 40, 41]], best
     codes[0][0, 1, 0] = 0.25
@@ -438,11 +442,13 @@ def test_rpn_boxes_by_hand(request):
     levels = [torch.zeros(count, 4) + torch.tensor([0.0, 0, 10, 10]) for count in (300, 100, 5)]
     levels[2] += 50
     anchors, targets = list(levels), make_targets(([[0, 0, 10, 10]], [0]))
-    miss = [0.1, 0.5, 2.0]
+    miss = [0.1, 0.5, torch.inf]
     codes = [torch.full((1, len(level), 4), m, requires_grad=True) for level, m in zip(levels, miss)]
     logits = [torch.zeros(1, len(level)) for level in levels]
     loss = rpn_loss(logits, codes, anchors, targets)["rpn_box"]
-    assert loss.isfinite(), "a level without a positive anchor adds 0"
+    assert loss.isfinite(), (
+        "a level without a positive anchor adds 0; background's codes are selected away, not times 0"
+    )
     expected = 0.5 * 0.1**2 + (0.5 - 0.5 / 9) / 9
     what = "Huber's loss, delta 1/9: a mean over the coordinates of a level's positive anchors, summed over the levels"
     assert loss.item() == pytest.approx(expected, rel=1e-4), what
@@ -600,11 +606,13 @@ def test_box_head_loss_by_hand(request):
         [[50, 50, 90, 71], [0, 0, 10, 10], [0, 0, 0, 0], [0, 0, 0, 0]], [2, -1, -2, -1], [1, 0, 0, 0]
     )  # a foreground, a background, padding, a background without area
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    codes = torch.full((4, 4, 4), 9.0)
+    codes = torch.full((4, 4, 4), torch.inf)
     wanted = encode_boxes(targets["boxes"][0, 1], rois.boxes[0, 0], (10.0, 5.0))
     codes[0, 3] = wanted
     exact = "the box loss is of the foreground RoI's own class, k + 1, against its object's code in BOX_CODE_WEIGHTS"
-    assert box_head_loss(logits, codes, rois, targets)["box"].item() == pytest.approx(0, abs=1e-6), exact
+    loss = box_head_loss(logits, codes, rois, targets)["box"]
+    assert loss.isfinite(), "what doesn't count is selected away, not multiplied by 0: inf * 0 is NaN"
+    assert loss.item() == pytest.approx(0, abs=1e-6), exact
     codes[0, 3] += torch.tensor([0.5, -3.0, 0, 1.0])
     losses = box_head_loss(logits, codes, rois, targets)
     huber = "Huber's loss, delta 1, is a mean over the 4 coordinates of the foreground"
@@ -688,8 +696,11 @@ def test_mask_loss_by_hand(request):
     targets = make_targets(([[10, 10, 30, 30], [50, 50, 90, 70]], [0, 2]))
     targets["masks"][0, 1] = blob(torch.Generator().manual_seed(2))
     rois = rois_of([[50, 50, 88, 70], [0, 0, 10, 10], [0, 0, 0, 0]], [2, -1, -2], [1, 0, 0])
-    logits = torch.randn(3, 4, 28, 28, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logits = torch.full((3, 4, 28, 28), torch.inf)
+    logits[0, 3] = torch.randn(28, 28, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
     value = mask_loss(logits, rois, targets)["mask"]
+    assert value.isfinite(), "what doesn't count is selected away, not multiplied by 0: inf * 0 is NaN"
     value.backward()
     gradient = logits.grad.flatten(2).any(2).tolist()
     own = "the loss is of the foreground RoI's own class, k + 1, alone: not of other classes, background or padding"

@@ -109,6 +109,8 @@ def test_right_sizes_are_taken(size):
 
 ANY_SPINE = tuple(b._replace(as_is={8: (4,), 12: (7, 5), 14: (10,)}.get(b.number, ())) for b in SPINE)
 ANY_SPINE = tuple(b._replace(level=3, kind="bottleneck") if b.number == 8 else b for b in ANY_SPINE)
+# P5 leaves from block 11, which is not the last of its level.
+ANY_SPINE = tuple(b._replace(output={11: True, 14: False}.get(b.number, b.output)) for b in ANY_SPINE)
 
 
 def test_the_network_is_its_table():
@@ -156,7 +158,9 @@ def test_the_network_is_its_table():
     assert len(features) == 5, "what leaves is P3..P7"
     for feature, L in zip(features, model.LEVELS):
         number = next(b.number for b in ANY_SPINE if b.output and b.level == L)
-        assert torch.equal(given[f"endpoints.{L}"], gave[f"groups.{number}"]), f"endpoint {L} is given block {number}"
+        assert torch.equal(given[f"endpoints.{L}"], gave[f"groups.{number}"]), (
+            f"P{L} is made of block {number}, an output"
+        )
         assert torch.equal(feature, gave[f"endpoints.{L}"]), f"what leaves is P3..P7, in the order of the levels: P{L}"
 
 
@@ -205,7 +209,7 @@ class Counted(nn.Module):
     def every_layer(self, x):
         Counted.said = (self.asked, tuple(x.shape), self.training, x.device.type, self.conv.weight.device.type)
         x = self.up(F.relu(self.bn(self.conv(x))))
-        return self.fc(x.mean((2, 3))), self.frozen(x)
+        return self.fc(x.mean((2, 3))), self.frozen(x), self.frozen(x[..., ::2, ::2])
 
 
 def test_count_by_hand(monkeypatch):
@@ -222,8 +226,8 @@ def test_count_by_hand(monkeypatch):
     trained = (27 * 8 + 8) + (8 + 8) + (8 * 4 * 4 + 4) + (4 * 7 + 7)
     what = "trainable parameters, without buffers and what is frozen, of a model of PUBLISHED_CLASSES"
     assert parameters == trained, f"{parameters} is not the number of {what}: {trained}"
-    products = 128**2 * 27 * 8 + 128**2 * 8 * 4 * 4 + 4 * 7 + 256**2 * 4 * 5
-    what = "multiply-adds of convolutions, transposed ones and the fully connected layer"
+    products = 128**2 * 27 * 8 + 128**2 * 8 * 4 * 4 + 4 * 7 + (256**2 + 128**2) * 4 * 5
+    what = "multiply-adds of convolutions (one runs twice, as the towers' do), transposed ones and the linear layer"
     assert macs == products, f"{macs} is not the number of {what}: {products}; that is {macs / products:.4f} times it"
 
 
@@ -574,6 +578,7 @@ def test_drop_block(height, width, side):
     as equation 1 makes them; what is left is scaled by one factor, which keeps the mean."""
     torch.manual_seed(0)
     x = torch.rand(64, 64 if height * width > 100 else 256, height, width) + 1
+    torch.manual_seed(1)
     given = drop_block(x, 0.1, True)
     assert given.shape == x.shape, f"of {tuple(x.shape)} came {tuple(given.shape)}"
     assert given.dtype == x.dtype, f"of {x.dtype} came {given.dtype}"
@@ -592,6 +597,9 @@ def test_drop_block(height, width, side):
     factor = f"what is left is scaled by elements / elements left of the whole batch, {1 / (1 - share):.4f}, not by "
     factor += f"{scale.min():.4f} to {scale.max():.4f}"
     assert torch.allclose(scale, torch.full_like(scale, 1 / (1 - share)), rtol=1e-4), factor
+    torch.manual_seed(1)
+    apart = (drop_block(torch.where(x > 1.5, x, 0), 0.1, True) - torch.where(x > 1.5, given, 0)).abs().max().item()
+    assert apart < 1e-3, "zeros of x, as a ReLU makes them, are among the elements left: they change no factor"
 
 
 def test_drop_block_is_off():
@@ -661,20 +669,23 @@ def test_conv_bn_by_hand(activation):
         assert torch.allclose(layer(x), expected, atol=1e-5), f"not as these, one after the other: {order}"
 
 
-def test_drop_block_in_conv_bn():
-    """Oracle: torch's functions, one after the other, with a swish, which tells whether DropBlock comes before it."""
-    layer = ConvBN(4, 6, 1, activation="swish", drop_rate=0.1).train()
+@pytest.mark.parametrize("activation", ["swish", None])
+def test_drop_block_in_conv_bn(activation):
+    """Oracle: torch's functions, one after the other, with a swish, which tells whether DropBlock comes before it, and
+    without an activation."""
+    act = {"swish": F.silu, None: nn.Identity()}[activation]
+    layer = ConvBN(4, 6, 1, activation=activation, drop_rate=0.1).train()
     nn.init.normal_(layer.bn.bias, 3)  # so that nothing but DropBlock makes zeros
     torch.manual_seed(0)
     x = torch.randn(16, 4, 32, 32)
     normed = F.batch_norm(layer.conv(x), None, None, layer.bn.weight, layer.bn.bias, True, eps=1e-3)
     given = layer(x)
     zeros = given == 0
-    assert whole_squares(zeros, 7), "in training squares vanish after the batch norm"
-    expected = F.silu(normed / (1 - zeros.float().mean())) * ~zeros
+    assert whole_squares(zeros, 7), f"in training squares vanish after the batch norm; the activation is {activation}"
+    expected = act(normed / (1 - zeros.float().mean())) * ~zeros
     assert torch.allclose(given, expected, atol=1e-3), "DropBlock comes before the activation, which sees its scale"
     layer.eval()
-    expected = F.silu(layer.bn(layer.conv(x)))
+    expected = act(layer.bn(layer.conv(x)))
     assert torch.allclose(layer(x), expected, atol=1e-5), "DropBlock is off in evaluation"
 
 
@@ -794,6 +805,10 @@ def test_initializer(inputs, outputs, kernel):
     sigmas = conv.weight.abs() / std * 0.87962566
     assert 1.9 < sigmas.max().item() <= 2.0001, f"the largest is {sigmas.max():.2f} sigma: cut at 2 sigma"
     assert (sigmas < 1).float().mean().item() == pytest.approx(0.7152, abs=0.01), "not a normal distribution, cut"
+    try:
+        init_conv_(nn.Conv2d(inputs, outputs, kernel, device="meta"))
+    except Exception as error:
+        pytest.fail(f"init_conv_ fails on the meta device, where there are no values to read: {error!r}")
 
 
 @pytest.mark.parametrize("parent, level", [(2, 3), (2, 4), (2, 5), (2, 6), (4, 4), (6, 3)])

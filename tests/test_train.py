@@ -179,6 +179,8 @@ class Toy(nn.Module):
         self.alone = False  # inside no_sync
 
     def forward(self, images, targets=None, sizes=None):
+        lacking = {"boxes", "labels", "region", "noise"} - set(targets or ())
+        assert not lacking, f"targets are all of a batch but the image; they lack {sorted(lacking)}"
         for name, value in [("images", images), ("sizes", sizes), *targets.items()]:
             found = getattr(value, "device", None)
             assert found == self.weight.device, f"{name} are on {found}, the model on {self.weight.device}"

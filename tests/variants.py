@@ -149,6 +149,40 @@ VARIANTS = {
                 "nn.init.normal_(conv.weight, std=math.sqrt(1 / conv.weight[0].numel()))",
                 "cut at 2 sigma",
             ),
+            Variant(
+                "blocks.drop_block",
+                "zeros of x count as dropped",
+                (
+                    (
+                        "return x * mask.to(x.dtype)",
+                        "y = x * (mask > 0)\nreturn y * (x.numel() / y.count_nonzero().clamp(min=1)).to(x.dtype)",
+                    ),
+                ),
+                "zeros of x, as a ReLU makes them, are among the elements left",
+            ),
+            Variant(
+                "blocks.ConvBN.forward",
+                "DropBlock only before an activation",
+                (
+                    (
+                        "x = drop_block(self.bn(self.conv(x)), self.drop_rate, self.training)",
+                        "x = self.bn(self.conv(x))\nif self.activation is not None:\n    x = drop_block(x, self.drop_rate, self.training)",
+                    ),
+                ),
+                "squares vanish after the batch norm; the activation is None",
+            ),
+            Variant(
+                "blocks.init_conv_",
+                "redrawn until all is within two sigma, which asks the meta device for values",
+                """
+                sigma = math.sqrt(1 / conv.weight[0].numel()) / 0.87962566
+                with torch.no_grad():
+                    conv.weight.normal_(std=sigma)
+                    while (beyond := conv.weight.abs() > 2 * sigma).any():
+                        conv.weight[beyond] = torch.randn(int(beyond.sum())) * sigma
+                """,
+                "fails on the meta device",
+            ),
         ),
         "right": (
             Variant(
@@ -390,6 +424,38 @@ VARIANTS = {
                 "what isn't trained among the parameters",
                 ((" if p.requires_grad", ""),),
                 "is not the number of trainable parameters",
+            ),
+            Variant(
+                "model.SpineNet.forward",
+                "each level's last block leaves",
+                (
+                    (
+                        "features[block.number] = self.groups",
+                        "features[-block.level] = features[block.number] = self.groups",
+                    ),
+                    ("features[self.outputs[L]]", "features[-L]"),
+                ),
+                "P5 is made of block 11",
+            ),
+            Variant(
+                "model.count",
+                "a layer that runs twice counts once",
+                """
+                macs = {}
+
+                def note(layer, given, made):
+                    pixels = given[0] if isinstance(layer, nn.ConvTranspose2d) else made
+                    macs[layer] = layer.weight.numel() * pixels[:, 0].numel()
+
+                with torch.device("meta"), torch.no_grad():
+                    model = build_model(arch, head, PUBLISHED_CLASSES[head]).eval()
+                    for layer in model.modules():
+                        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                            layer.register_forward_hook(note)
+                    model.every_layer(torch.empty(1, 3, size, size))
+                return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(macs.values())
+                """,
+                "one runs twice",
             ),
         ),
         "right": (
@@ -866,6 +932,27 @@ return torch.where(positive, labels[index], low), torch.where(positive[:, None],
                 ),
                 "in evaluation, through `predict`",
             ),
+            Variant(
+                "loss.focal_loss",
+                "made float32 before the checkpoint",
+                (("checkpoint(total, logits,", "checkpoint(total, logits.float(),"),),
+                "backward holds a float32 copy",
+            ),
+            Variant(
+                "loss.retinanet_loss",
+                "background's losses times 0",
+                (
+                    (
+                        "codes = torch.where(positive[..., None], box_codes.float(), 0.0)",
+                        'huber = F.huber_loss(box_codes.float(), encode_boxes(boxes, anchors), reduction="none", delta=HUBER_DELTA)',
+                    ),
+                    (
+                        'box = F.huber_loss(codes, encode_boxes(boxes, anchors), reduction="sum", delta=HUBER_DELTA) / 4',
+                        "box = (huber * positive[..., None]).sum() / 4",
+                    ),
+                ),
+                "selected away, not multiplied by 0",
+            ),
         ),
         "right": (
             Variant(
@@ -1136,6 +1223,28 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 ),
                 "the window shows 70 of 130 objects",
             ),
+            Variant(
+                "data.draw_view",
+                "the window's length is rounded, and added to the rounded start",
+                (
+                    (
+                        "round((offset + min(scaled, size)) * source / scaled)",
+                        "start + round(min(scaled, size) * source / scaled)",
+                    ),
+                ),
+                "each edge rounded: found, not wanted",
+            ),
+            Variant(
+                "data.TrainSet.image_of",
+                "the place of an image in the permutation",
+                (
+                    (
+                        "int(permutation(self.seed, epoch, len(self.annotations.ids))[place])",
+                        "permutation(self.seed, epoch, len(self.annotations.ids)).tolist().index(place)",
+                    ),
+                ),
+                "wanted `permutation`'s entries in turn",
+            ),
         ),
         "right": (
             Variant(
@@ -1404,6 +1513,12 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 "one step too many",
                 (("range(first, last)", "range(first, last + 1)"),),
                 "micro-batches, wanted",
+            ),
+            Variant(
+                "train.train_step",
+                "targets without noise",
+                (('if k != "image"}', 'if k not in ("image", "noise")}'),),
+                "targets are all of a batch but the image; they lack",
             ),
         ),
         "right": (
@@ -1711,6 +1826,12 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                 (("torch.where(objects[:, None], iou, 0.0).max", "iou.max"),),
                 "a proposal without area is background",
             ),
+            Variant(
+                "heads.propose",
+                "ranked by the sigmoid, which saturates",
+                (("level_logits.float().topk", "level_logits.float().sigmoid().topk"),),
+                "by logit: all their sigmoids are 1",
+            ),
         ),
         "right": (
             Variant(
@@ -1982,6 +2103,24 @@ return RoIs(boxes, torch.where(rank >= 0, labels, IGNORED), matched.gather(1, in
                 "images without boxes not counted",
                 (("for image_boxes in boxes:", "for image_boxes in (b for b in boxes if len(b)):"),),
                 "its own image, also where",
+            ),
+            Variant(
+                "heads.roi_features",
+                "the caller's boxes are scaled in place",
+                (
+                    ("image_boxes.nan_to_num()", "image_boxes.nan_to_num_()"),
+                    (
+                        "corners = image_boxes / (2.0**level)[:, None] + 0.5",
+                        "corners = image_boxes.div_((2.0**level)[:, None]) + 0.5",
+                    ),
+                ),
+                "the boxes that were given are changed",
+            ),
+            Variant(
+                "loss.mask_loss",
+                "times 0 where there is no foreground",
+                (("torch.where(foreground, entropy, 0.0).sum()", "(entropy * foreground).sum()"),),
+                "selected away, not multiplied by 0",
             ),
         ),
         "right": (

@@ -168,6 +168,7 @@ ASSIGNMENTS = {
             "test_the_whole_image_by_hand",
             "test_the_scale_is_drawn_evenly",
             "test_the_window_is_drawn_evenly",
+            "test_each_edge_of_the_window_is_rounded",
             "test_only_the_longer_side_is_cut",
             "test_views_come_from_the_generator",
             "test_a_view_has_pixels",
