@@ -450,7 +450,7 @@ class TrainSet(Dataset):
         self.annotations, self.size, self.jitter, self.flip, self.seed = annotations, size, jitter, flip, seed
 
     def image_of(self, n):
-        """(epoch, index of the image) of sample n: n // N, and the entry n mod N of that epoch's `permutation`."""
+        """(epoch, index of the image) of sample n: n // N, and entry n mod N of a shuffle by (seed, epoch)."""
         epoch, place = divmod(n, len(self.annotations.ids))
         return epoch, int(permutation(self.seed, epoch, len(self.annotations.ids))[place])
 

@@ -606,12 +606,13 @@ def test_box_head_loss_by_hand(request):
         [[50, 50, 90, 71], [0, 0, 10, 10], [0, 0, 0, 0], [0, 0, 0, 0]], [2, -1, -2, -1], [1, 0, 0, 0]
     )  # a foreground, a background, padding, a background without area
     logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    codes = torch.full((4, 4, 4), torch.inf)
+    codes = torch.full((4, 4, 4), 9.0)
+    codes[1:] = torch.inf  # of what is not foreground
     wanted = encode_boxes(targets["boxes"][0, 1], rois.boxes[0, 0], (10.0, 5.0))
     codes[0, 3] = wanted
     exact = "the box loss is of the foreground RoI's own class, k + 1, against its object's code in BOX_CODE_WEIGHTS"
     loss = box_head_loss(logits, codes, rois, targets)["box"]
-    assert loss.isfinite(), "what doesn't count is selected away, not multiplied by 0: inf * 0 is NaN"
+    assert loss.isfinite(), "what is not foreground is selected away, not multiplied by 0: inf * 0 is NaN"
     assert loss.item() == pytest.approx(0, abs=1e-6), exact
     codes[0, 3] += torch.tensor([0.5, -3.0, 0, 1.0])
     losses = box_head_loss(logits, codes, rois, targets)
@@ -696,11 +697,11 @@ def test_mask_loss_by_hand(request):
     targets = make_targets(([[10, 10, 30, 30], [50, 50, 90, 70]], [0, 2]))
     targets["masks"][0, 1] = blob(torch.Generator().manual_seed(2))
     rois = rois_of([[50, 50, 88, 70], [0, 0, 10, 10], [0, 0, 0, 0]], [2, -1, -2], [1, 0, 0])
-    logits = torch.full((3, 4, 28, 28), torch.inf)
-    logits[0, 3] = torch.randn(28, 28, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 4, 28, 28, generator=torch.Generator().manual_seed(0))
+    logits[1:] = torch.inf  # of what is not foreground
     logits.requires_grad_()
     value = mask_loss(logits, rois, targets)["mask"]
-    assert value.isfinite(), "what doesn't count is selected away, not multiplied by 0: inf * 0 is NaN"
+    assert value.isfinite(), "what is not foreground is selected away, not multiplied by 0: inf * 0 is NaN"
     value.backward()
     gradient = logits.grad.flatten(2).any(2).tolist()
     own = "the loss is of the foreground RoI's own class, k + 1, alone: not of other classes, background or padding"

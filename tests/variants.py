@@ -164,10 +164,8 @@ VARIANTS = {
                 "blocks.ConvBN.forward",
                 "DropBlock only before an activation",
                 (
-                    (
-                        "x = drop_block(self.bn(self.conv(x)), self.drop_rate, self.training)",
-                        "x = self.bn(self.conv(x))\nif self.activation is not None:\n    x = drop_block(x, self.drop_rate, self.training)",
-                    ),
+                    ("drop_block(self.bn(self.conv(x)), self.drop_rate, self.training)", "self.bn(self.conv(x))"),
+                    ("[self.activation](x)", "[self.activation](drop_block(x, self.drop_rate, self.training))"),
                 ),
                 "squares vanish after the batch norm; the activation is None",
             ),
@@ -942,14 +940,9 @@ return torch.where(positive, labels[index], low), torch.where(positive[:, None],
                 "loss.retinanet_loss",
                 "background's losses times 0",
                 (
-                    (
-                        "codes = torch.where(positive[..., None], box_codes.float(), 0.0)",
-                        'huber = F.huber_loss(box_codes.float(), encode_boxes(boxes, anchors), reduction="none", delta=HUBER_DELTA)',
-                    ),
-                    (
-                        'box = F.huber_loss(codes, encode_boxes(boxes, anchors), reduction="sum", delta=HUBER_DELTA) / 4',
-                        "box = (huber * positive[..., None]).sum() / 4",
-                    ),
+                    ("torch.where(positive[..., None], box_codes.float(), 0.0)", "box_codes.float()"),
+                    ('reduction="sum", delta=HUBER_DELTA) / 4', 'reduction="none", delta=HUBER_DELTA)'),
+                    ("BOX_WEIGHT * box /", "BOX_WEIGHT * (box * positive[..., None]).sum() / 4 /"),
                 ),
                 "selected away, not multiplied by 0",
             ),
@@ -1233,17 +1226,6 @@ return {"boxes": own[order], "scores": best[order], "labels": labels[order]}""",
                     ),
                 ),
                 "each edge rounded: found, not wanted",
-            ),
-            Variant(
-                "data.TrainSet.image_of",
-                "the place of an image in the permutation",
-                (
-                    (
-                        "int(permutation(self.seed, epoch, len(self.annotations.ids))[place])",
-                        "permutation(self.seed, epoch, len(self.annotations.ids)).tolist().index(place)",
-                    ),
-                ),
-                "wanted `permutation`'s entries in turn",
             ),
         ),
         "right": (
