@@ -31,7 +31,7 @@ def drop_block(x, rate, training):
     x (B, C, H, W) -> same shape and dtype; `x` itself where `training` is false or the rate 0. A square's side is
     DROP_BLOCK_SIZE, or the largest odd one that fits the map. In each channel of each image one begins wherever all of
     it fits, with probability rate H W / (side^2 (H - side + 1) (W - side + 1)) (equation 1). What is left is multiplied
-    by elements / elements left, of the whole batch: counted in float32, as the mask is made, since float16 overflows.
+    by elements / elements left (if any are), of the whole batch, counted in float32, as the mask is: float16 overflows.
     """
     if not training or rate == 0.0:
         return x

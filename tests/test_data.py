@@ -750,6 +750,11 @@ def test_normalize_by_hand():
     given = Normalize()(images)
     assert given.dtype == torch.float32 and given.shape == images.shape, "float32 of the same shape"
     assert torch.equal(images, before), "the images themselves stay as they are"
+    try:
+        device = Normalize().to("meta")(images.to("meta")).device.type
+    except Exception as error:
+        device = repr(error)
+    assert device == "meta", f"images of the device that the module was moved to stay there; on meta: {device}"
     expected = normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     mean, std = (torch.tensor(v)[:, None, None] for v in (PIXEL_MEAN, PIXEL_STD))
     mistakes = {

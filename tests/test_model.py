@@ -83,6 +83,8 @@ REFUSED = [
     (129, 128),
     (192, 128),
     (128, 64),
+    (-128, 128),
+    (128, -128),
 ]
 
 
@@ -92,10 +94,10 @@ def test_other_sizes_are_refused(size):
     what = f"{size[0]}x{size[1]}"
     with torch.device("meta"):
         network = SpineNet(ARCHS["tiny"])
-        for name, said in (
-            ("check_size", refusal(model.check_size, *size)),
-            ("the network", refusal(network, torch.empty(1, 3, *size))),
-        ):
+        refusals = {"check_size": refusal(model.check_size, *size)}
+        if min(size) >= 0:
+            refusals["the network"] = refusal(network, torch.empty(1, 3, *size))
+        for name, said in refusals.items():
             assert said, f"{name} takes {what}, where a side is not a positive multiple of 128"
             assert said.startswith("ValueError: "), f"{name} refuses {what} with a ValueError, not with {said}"
             assert what in said and "128" in said.replace(what, ""), f"{name} says {what} and 128, not {said!r}"
@@ -111,6 +113,7 @@ ANY_SPINE = tuple(b._replace(as_is={8: (4,), 12: (7, 5), 14: (10,)}.get(b.number
 ANY_SPINE = tuple(b._replace(level=3, kind="bottleneck") if b.number == 8 else b for b in ANY_SPINE)
 # P5 leaves from block 11, which is not the last of its level.
 ANY_SPINE = tuple(b._replace(output={11: True, 14: False}.get(b.number, b.output)) for b in ANY_SPINE)
+ANY_SPINE = tuple(b._replace(parents=(6, 8, 4)) if b.number == 9 else b for b in ANY_SPINE)
 
 
 def test_the_network_is_its_table():
@@ -120,7 +123,7 @@ def test_the_network_is_its_table():
     # 0.25: the stem is as wide as block 0, so that block 1 could take either. In training values are of size 1.
     backbone = SpineNet(Arch(0.25, 0.5, 1, 8, 8, 2, 3, spine=ANY_SPINE), "swish").train()
     names = ["stem", *(f"groups.{n}" for n in range(17)), *(f"endpoints.{L}" for L in model.LEVELS)]
-    names += [f"resamples.{b.number}.{k}" for b in ANY_SPINE for k in range(2)]
+    names += [f"resamples.{b.number}.{k}" for b in ANY_SPINE for k in range(len(b.parents))]
     seen = {name: [] for name in names}
     for name in names:
         note = lambda _, args, out, name=name: seen[name].append((args[0].clone(), out.clone()))  # noqa: E731
@@ -600,6 +603,14 @@ def test_drop_block(height, width, side):
     torch.manual_seed(1)
     apart = (drop_block(torch.where(x > 1.5, x, 0), 0.1, True) - torch.where(x > 1.5, given, 0)).abs().max().item()
     assert apart < 1e-3, "zeros of x, as a ReLU makes them, are among the elements left: they change no factor"
+
+
+def test_drop_block_of_everything():
+    """Oracle: by hand. Where nothing is left the result is 0, not NaN."""
+    given = drop_block(torch.ones(1, 1, 1, 1), 1 - 1e-6, training=True).item()
+    assert given == 0, (
+        f"of the one element, which vanishes, {given} is left: elements / elements left of none is no factor"
+    )
 
 
 def test_drop_block_is_off():

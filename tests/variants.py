@@ -181,6 +181,17 @@ VARIANTS = {
                 """,
                 "fails on the meta device",
             ),
+            Variant(
+                "blocks.drop_block",
+                "NaN where nothing is left",
+                (
+                    (
+                        "return x * mask.to(x.dtype)",
+                        "kept = (mask > 0).float()\nreturn x * (kept * (kept.numel() / kept.sum())).to(x.dtype)",
+                    ),
+                ),
+                "of the one element, which vanishes, nan is left",
+            ),
         ),
         "right": (
             Variant(
@@ -454,6 +465,24 @@ VARIANTS = {
                 return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(macs.values())
                 """,
                 "one runs twice",
+            ),
+            Variant(
+                "model.SpineNet.forward",
+                "two parents and no more",
+                (("zip(block.parents, resamples)", "zip(block.parents[:2], resamples)"),),
+                "every part of the network runs once",
+            ),
+            Variant(
+                "model.Normalize.forward",
+                "constants made anew, on the CPU",
+                (("self.mean", "torch.tensor(PIXEL_MEAN).view(3, 1, 1)"),),
+                "images of the device that the module was moved to stay there",
+            ),
+            Variant(
+                "model.check_size",
+                "negative sides are taken",
+                (("min(height, width) <= 0", "not height * width"),),
+                "takes -128x128",
             ),
         ),
         "right": (
