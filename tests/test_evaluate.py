@@ -113,14 +113,14 @@ def evaluate_in_a_process(rank, world, root, folder):
 
 
 def test_any_number_of_processes_gives_the_same(shapes, tmp_path):
-    """Oracle: one process. AP on 7 images is equal, on every rank, for 1, 2 and 3 processes, and so is results.json."""
+    """Oracle: one process. AP on 7 images is equal, on every rank, for 1 and 3 processes, and so is results.json."""
     results, metrics = [], []
-    for world in (1, 2, 3):
+    for world in (1, 3):
         mp.spawn(evaluate_in_a_process, args=(world, shapes, tmp_path), nprocs=world)
         results.append((tmp_path / "results.json").read_text())
         metrics += [json.loads((tmp_path / f"{world}_{rank}.json").read_text()) for rank in range(world)]
-    assert len(metrics) == 6 and all(m == metrics[0] for m in metrics) and 0.1 < metrics[0]["AP"] < 1
-    assert results[0] == results[1] == results[2]
+    assert len(metrics) == 4 and all(m == metrics[0] for m in metrics) and 0.1 < metrics[0]["AP"] < 1
+    assert results[0] == results[1]
 
 
 def test_boxes_map_back_per_axis():

@@ -308,7 +308,11 @@ def torchrun(*arguments):
 
 @pytest.mark.parametrize(
     "fault, sentence",
-    [("folder", "nowhere/train2017"), ("json", "is not a COCO"), ("flag", "--micro-batch 3 must divide")],
+    [
+        ("flag", "--micro-batch 3 must divide"),
+        pytest.param("folder", "nowhere/train2017", marks=pytest.mark.slow),
+        pytest.param("json", "is not a COCO", marks=pytest.mark.slow),
+    ],
 )
 def test_an_error_of_all_ranks_is_said_once(fault, sentence, shapes, tmp_path):
     """Oracle: by hand. What both of two processes find, in the data or in the arguments, is said by one of them, and
