@@ -460,7 +460,7 @@ class TrainSet(Dataset):
         noise, an int of 32 random bits from which the model draws anchors and RoIs; and, if the annotations have masks,
         masks (100, 112, 112) uint8: `crop_mask` of the part of each object's box that is seen, flipped with the View.
         Left out are crowds, boxes of which the View leaves a side under MIN_SIDE and, of over 100 others, all but 100,
-        drawn anew each epoch (departure), whose order is free. (Seeded by i + 1: numpy takes (s, e, 0) for (s, e).)"""
+        drawn anew each epoch (departure), in any order. Seed by i + 1: to numpy (seed, epoch, 0) is (seed, epoch)."""
         (epoch, i), a = self.image_of(n), self.annotations
         image = read_checked(a, i)
         rng = np.random.default_rng((self.seed, epoch, i + 1))

@@ -100,10 +100,10 @@ def make_optimizer(model):
 def train_step(model, batches, recipe, optimizer, scaler, lr, place, step):
     """One optimizer step at rate lr: {name: 0-dim tensor} of the rank's mean losses, and the norm before clipping.
 
-    batches: this rank's micro-batches. Each, but for the image, is the targets in `model(images, targets, sizes)`, and
-    its regions the sizes, in place.autocast(); the gradients of its losses' sum are averaged over micro-batches and, in
+    batches: this rank's micro-batches. Each goes through `model(images, targets, sizes)` in place.autocast(): targets
+    are all but the image, sizes the regions. The gradients of its losses' sum are averaged over micro-batches and, in
     the last backward only (no_sync), over ranks, then clipped to recipe["clip"]. Before each forward torch is seeded by
-    the recipe's seed, step, micro-step, rank: a resumed run draws the same. Only GradScaler and SyncBN read back."""
+    recipe["seed"], step, micro-step, rank, to resume alike. Only GradScaler and SyncBN read back from the device."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)

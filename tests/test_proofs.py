@@ -1,4 +1,4 @@
-"""Longer proofs, each a command of the README or close to it, run as a user runs it.
+"""Longer proofs, each a command of the README or close to it, run as a user runs it, the trainings on one thread.
 
 A bar on AP is the mean less four standard deviations of what five seeds gave, rounded down."""
 
